@@ -1,0 +1,80 @@
+"""
+The critic: how good is a history? A LoRA adapter of its own on the shared frozen base, and one linear value head.
+
+V(h) is read from the hidden state of the last token of the history's text; no vocabulary logits are computed. CoLLM-CC
+has one critic that reads what all agents were shown and answered, CoLLM-DC one per agent that reads that agent's own
+history. Critics are needed in training only: a trained agent never sees one.
+"""
+import torch
+from torch import nn
+
+
+def td_targets(rewards, values, gamma, lam=0.0):
+    """Value targets and advantages of one episode, both lists over turns; the value after the last turn is 0.
+
+    delta_t = r_t + gamma V(h_t+1) - V(h_t);  A_t = delta_t + gamma lam A_t+1;  target_t = A_t + V(h_t).
+    lam = 0 is the paper's one-step TD error, lam = 1 the return minus the value (GAE, arXiv 1506.02438).
+
+    rewards [1, 2], values [0.5, 1.0], gamma 0.9 give targets [1.9, 2.0] and advantages [1.4, 1.0]; with lam 1 and
+    gamma 1 the same episode has returns [3, 2] as targets and advantages [2.5, 1.0].
+    """
+    targets, advantages, next_value, advantage = [], [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values)):
+        advantage = reward + gamma * next_value - value + gamma * lam * advantage
+        advantages.insert(0, advantage)
+        targets.insert(0, advantage + value)
+        next_value = value
+    return targets, advantages
+
+
+def critic_messages(histories):
+    """The chat a critic reads, made of the histories of the agents it serves, message by message.
+
+    What every agent was shown in the same words stands once; the rest follows agent by agent. With one history it is
+    that history. [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
+    "Build I with A.\nBuild I with B.". The rules are left out: they are the same in every history.
+    """
+    messages = []
+    for together in zip(*histories):
+        texts = list(dict.fromkeys(message["content"].strip() for message in together))
+        if together[0]["role"] != "system":
+            messages.append({"role": together[0]["role"], "content": "\n".join(texts)})
+    return messages
+
+
+class Critic(nn.Module):
+    """V(h_t) = mean_t + std_t x head_t(hidden state of the last token); mean_t, std_t are those of the first returns.
+
+    One output of the head per turn, because how many turns are left decides most of the return and a history that
+    keeps only the last answer does not tell; scaled, because a critic that starts at 0 when returns are near -5 feeds
+    the actors nonsense until it has caught up.
+    """
+
+    def __init__(self, lm, name, num_turns, max_tokens):
+        super().__init__()
+        self.lm, self.name, self.max_tokens, self.truncated = [lm], name, max_tokens, 0  # a list: not a submodule
+        self.adapter = lm.add_adapter(name)
+        self.head = nn.Linear(lm.hidden_size, num_turns, device=lm.device)
+        nn.init.zeros_(self.head.weight)  # V starts at the mean return
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.zeros(num_turns, device=lm.device))
+        self.register_buffer("std", torch.ones(num_turns, device=lm.device))
+
+    def input_ids(self, histories):
+        """Token ids of the text to read; a text above max_tokens loses its oldest tokens, and that is counted."""
+        ids = self.lm[0].render(critic_messages(histories))
+        self.truncated += len(ids) > self.max_tokens
+        return ids[-self.max_tokens:]
+
+    def set_scale(self, turn, returns):
+        """Make head_t = 0 mean an average return at that turn, and 1 one standard deviation above it."""
+        self.mean[turn] = torch.tensor(returns).mean()
+        self.std[turn] = torch.tensor(returns).std(correction=0).clamp(min=0.1)
+
+    def forward(self, inputs, turns):
+        """V(h_t) of B token-id lists and their turn numbers t, in units of return, shape (B,)."""
+        hidden = self.lm[0].hidden([self.name] * len(inputs), inputs)  # (B, T, C)
+        row = torch.arange(len(inputs), device=hidden.device)
+        last = torch.tensor([len(ids) - 1 for ids in inputs], device=hidden.device)
+        turn = torch.tensor(turns, device=hidden.device)
+        return self.mean[turn] + self.std[turn] * self.head(hidden[row, last].float())[row, turn]

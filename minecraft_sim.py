@@ -1,0 +1,309 @@
+"""
+Minecraft without Minecraft: the StrBuild world, its rules and its score, in plain Python.
+
+A team is given a string drawn in 5x5 letters and writes it as blocks on a wall. Each agent answers with lines
+"/setblock x y z block"; it may only use the blocks of its own palette and only its share of the commands. The world
+starts empty and is built from agent 0's accepted commands, then agent 1's; a later command overwrites an earlier one.
+The rules are those of the official environment of arXiv 2601.21972, so scores can be compared with the paper's.
+
+One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 background cells.
+
+    target   agent 0 writes              agent 1 writes              world
+    ###      setblock 0 1 0 oak_planks   setblock 1 1 0 obsidian     OB.     . = wanted but empty
+    #..      setblock 0 0 0 stone        setblock 1 0 0 obsidian     Sb      b = obsidian where nothing is wanted
+
+    coverage             3 of 4 target cells are filled                                 0.75
+    extra_ratio          1 of 2 background cells is filled                              0.50
+    adjacent_same_ratio  4 pairs of blocks share a side, the 2 obsidian are equal       0.25
+    missing_palettes     agent 1 never used white_concrete                              1
+    reward = 2 x 0.75 - 1.5 x 0.50 - 0.25 - 0.25 x 1 = 0.25   (the best is 2);   IoU = 3 / (4 + 1) = 0.6
+
+    python minecraft_sim.py                       # two scripted builders write ICML
+    python minecraft_sim.py LLM --svg llm.svg     # another string, and an isometric picture of it
+"""
+import argparse
+import re
+import string
+import sys
+from html import escape
+
+# --- the target: a string as a wall of cells --------------------------------------------------------------------------
+
+GLYPHS = """
+A     B     C     D     E     F     G     H     I     J     K     L
+.###. ####. .#### ####. ##### ##### .#### #...# ##### ##### #...# #....
+#...# #...# #.... #...# #.... #.... #.... #...# ..#.. ...#. #..#. #....
+##### ####. #.... #...# ####. ####. #.### ##### ..#.. ...#. ###.. #....
+#...# #...# #.... #...# #.... #.... #...# #...# ..#.. #..#. #..#. #....
+#...# ####. .#### ####. ##### #.... .#### #...# ##### .##.. #...# #####
+M     N     O     P     Q     R     S     T     U     V     W     X
+#...# #...# .###. ####. .###. ####. .#### ##### #...# #...# #...# #...#
+##.## ##..# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# .#.#.
+#.#.# #.#.# #...# ####. #.#.# ####. .###. ..#.. #...# #...# #.#.# ..#..
+#...# #..## #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## .#.#.
+#...# #...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...#
+Y     Z     0     1     2     3     4     5     6     7     8     9
+#...# ##### .###. ..#.. ####. ####. #..#. ##### .###. ##### .###. .###.
+.#.#. ...#. #..## .##.. ....# ....# #..#. #.... #.... ....# #...# #...#
+..#.. ..#.. #.#.# ..#.. .###. .###. ##### ####. ####. ...#. .###. .####
+..#.. .#... ##..# ..#.. #.... ....# ...#. ....# #...# ..#.. #...# ....#
+..#.. ##### .###. ##### ##### ####. ...#. ####. .###. ..#.. .###. .###.
+""".split()
+# each band of the sheet is 12 names, then 5 rows of 12 pieces: the rows of a glyph lie 12 words apart
+LETTERS = {GLYPHS[band + i]: GLYPHS[band + i + 12:band + 72:12] for band in range(0, 216, 72) for i in range(12)}
+
+
+def string_target(text, gap=2):
+    """The target of a string: 5 top-down rows of '#' and '.', `gap` empty columns between two letters.
+
+    string_target("IC") has 5 + 2 + 5 = 12 columns; its first row is "#####...####".
+    """
+    if not text:
+        raise ValueError("The string is empty; use letters A-Z and digits 0-9.")
+    for char in text:
+        if char.upper() not in LETTERS:
+            raise ValueError(f"The character {char!r} has no shape; use letters A-Z and digits 0-9.")
+    return [("." * gap).join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
+
+
+def target_cells(target_rows):
+    """The cells (x, y, z) to fill, in reading order; y counts blocks up from the ground, so the top row is y = H-1.
+
+    target_cells(["##", "#."]) is [(0, 1, 0), (1, 1, 0), (0, 0, 0)].
+    """
+    H = len(target_rows)
+    return [(x, H - 1 - r, 0) for r, row in enumerate(target_rows) for x, char in enumerate(row) if char == "#"]
+
+
+# --- reading answers: nothing here raises, whatever a model wrote -----------------------------------------------------
+
+PALETTES = [["oak_planks", "stone"], ["white_concrete", "obsidian"]]  # agent 0's blocks, agent 1's blocks
+EMPTY = ("air", "cave_air", "void_air")
+
+
+def command_lines(response):
+    r"""Yield the lines of an answer that should be commands, without fences, blank lines and list markers.
+
+    "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." yields "/setblock 0 0 0 stone", then "kill".
+    """
+    parts = response.split("```", 2)
+    if len(parts) == 3:  # two fences or more: read between the first two
+        response = parts[1]
+        first, newline, rest = response.partition("\n")
+        if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language word; "/kill" is not one
+            response = rest
+    for line in response.splitlines():
+        line = line.strip()
+        marker = re.match(r"([-*]|\d+[.)])\s+", line)
+        if line:
+            yield line[marker.end():] if marker else line
+
+
+def integers(words):
+    """(1, 2, -3) for ["1", "+2", "-3"]; None when int() refuses a word, as it does "1.0", "~1" and 5,000 digits."""
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        return None
+
+
+def command_shares(max_commands, num_agents):
+    """How many commands each agent may have accepted; the first gets the remainder: (7, 2) gives [4, 3]."""
+    share, rest = max(1, max_commands // num_agents), max_commands % num_agents
+    return [share + rest] + [share] * (num_agents - 1)
+
+
+def read_commands(response, palette, bbox, limit):
+    r"""Split one agent's answer into accepted [((x, y, z), block), ...] and rejected [(line, reason), ...] commands.
+
+    bbox is the two corners ((x, y, z), (x, y, z)) of the box to build in, both inside; limit is the agent's share.
+    "/setblock 1 0 0 minecraft:stone\nsetblock 9 0 0 stone" with bbox ((0, 0, 0), (2, 1, 0)) gives
+    [((1, 0, 0), "stone")] and [("setblock 9 0 0 stone", "outside the box")].
+    """
+    accepted, rejected = [], []
+    for line in command_lines(response):
+        words = line.removeprefix("/").split()  # so "/ setblock" passes and "//setblock" does not
+        if not words or words[0].lower() != "setblock":
+            reason = "not a setblock command"
+        elif len(words) < 5:  # more are ignored
+            reason = "fewer than 5 words"
+        elif (cell := integers(words[1:4])) is None:
+            reason = "a coordinate is not an integer"
+        elif (block := words[4].removeprefix("minecraft:")) not in palette and block != "air":  # case counts here
+            reason = "block not in the palette"
+        elif not all(low <= i <= high for low, i, high in zip(bbox[0], cell, bbox[1])):
+            reason = "outside the box"
+        elif len(accepted) >= limit:
+            reason = "over the share of commands"
+        else:
+            accepted.append((cell, block))
+            continue
+        rejected.append((line, reason))
+    return accepted, rejected
+
+
+# --- the world and its score ------------------------------------------------------------------------------------------
+
+def strbuild_world(target_rows, responses, palettes, max_commands=300):
+    """Build the world of a joint response: (world, accepted, rejected), the last two one list per agent.
+
+    world is {(x, y, z): block} without air. Agent 1 overwriting agent 0's only block with stone gives
+    {(0, 0, 0): "stone"}; overwriting it with air gives {}.
+    """
+    assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
+    assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
+    bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
+    world, accepted, rejected = {}, [], []
+    for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
+        good, bad = read_commands(response, palette, bbox, share)
+        world.update(good)  # in order: a later command overwrites
+        accepted.append(good)
+        rejected.append(bad)
+    return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
+
+
+def texture(block):
+    """What a block looks like from afar: oak_planks is wood, stone and cobblestone are both stone."""
+    if block.endswith(("_planks", "_wood")):
+        return "wood"
+    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # _stone has smooth_stone too
+        return "stone"
+    return "concrete" if block.endswith("_concrete") else block
+
+
+def strbuild_score(target_rows, responses, palettes, max_commands=300):
+    """Score a joint response; the example at the top of this file gives reward 0.25 and iou 0.6.
+
+    reward is at most 2; iou, coverage, extra_ratio and adjacent_same_ratio are in 0..1 (0 where they would divide by
+    zero); missing_palettes counts agents with an unused block; accepted is the number of commands per agent.
+    """
+    world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands)
+    target = set(target_cells(target_rows))
+    background = len(target_rows) * len(target_rows[0]) - len(target)
+    covered = len(target & world.keys())
+    extra = len(world) - covered
+    pairs = [(block, world[near]) for (x, y, z), block in world.items()
+             for near in [(x + 1, y, z), (x, y + 1, z)] if near in world]
+    same = sum(texture(a) == texture(b) for a, b in pairs)
+    missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
+    coverage = covered / len(target) if target else 0.0
+    extra_ratio = extra / background if background else 0.0
+    adjacent_same_ratio = same / len(pairs) if pairs else 0.0
+    return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
+            "iou": covered / (len(target) + extra) if target or extra else 0.0,
+            "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
+            "missing_palettes": missing, "accepted": [len(commands) for commands in accepted]}
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+BLOCK_COLORS = {"oak_planks": (184, 142, 86), "stone": (125, 125, 125), "white_concrete": (214, 221, 224),
+                "obsidian": (44, 32, 66), "stone_stairs": (104, 108, 112), "stone_bricks": (140, 138, 134),
+                "planks": (162, 120, 68)}  # red, green, blue
+OTHER_COLOR = (196, 92, 160)
+
+
+def draw_wall(target_rows, world, paint, missing, blank):
+    """The wall row by row, then a legend; paint(block, wanted) is the text of one block."""
+    wanted, width, height = set(target_cells(target_rows)), len(target_rows[0]), len(target_rows)
+    rows = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
+    lines = ["".join(paint(world[cell], cell in wanted) if cell in world else missing if cell in wanted else blank
+                     for cell in row) for row in rows]
+    kinds = sorted({(block, cell not in wanted) for cell, block in world.items()})
+    legend = [f"{paint(block, not stray)} {block}{' (stray)' * stray}" for block, stray in kinds]
+    return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
+
+
+def draw_text(target_rows, world):
+    """One character per cell: a capital per block, in lower case where it is stray, '.' where one is missing."""
+    marks = {}
+    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # the same in every picture
+        free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
+        marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
+    return draw_wall(target_rows, world, lambda b, wanted: marks[b] if wanted else marks[b].lower(), ".", " ")
+
+
+def draw_ansi(target_rows, world):
+    """Two terminal columns per cell in the block's colour, red xx on a stray one, dim [] where one is missing."""
+    def paint(block, wanted):
+        r, g, b = BLOCK_COLORS.get(block, OTHER_COLOR)
+        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if wanted else 'xx'}\x1b[0m"
+    return draw_wall(target_rows, world, paint, "\x1b[2m[]\x1b[0m", "  ")
+
+
+def draw_svg(target_rows, world, title="", size=20):
+    """A standalone isometric picture (SVG text): cubes of `size` pixels, missing cells dashed, stray ones edged red."""
+    def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
+        return 0.866 * size * (x + z), size * ((z - x) / 2 - y)
+
+    def shade(color, light):  # light > 0 mixes with white, < 0 with black
+        return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
+
+    W, H, wanted = len(target_rows[0]), len(target_rows), set(target_cells(target_rows))
+    top, bottom = screen(W, H, 0)[1] - 34, screen(0, 0, 1)[1] + 10  # 34: room for the title
+    width, height = round(max(screen(W, 0, 1)[0], 9 * len(title))) + 20, round(bottom - top)
+    title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+             f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
+             f'<rect x="-10" y="{top:.0f}" width="{width}" height="{height}" rx="8" fill="#f2f5f9"/>',
+             f'<text x="2" y="{top + 24:.0f}" font-family="sans-serif" font-size="15" fill="#333">{title}</text>']
+    faces = [(0.25, [(0, 1, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)]),    # top
+             (-0.35, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)]),   # left side
+             (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
+    for cell in sorted(wanted | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
+        color = BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
+        edge = shade(color, -0.45) if cell in wanted else "#e02020"
+        lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
+                     '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
+        for light, corners in faces:
+            points = " ".join("{:.1f},{:.1f}".format(*screen(*map(sum, zip(cell, corner)))) for corner in corners)
+            lines.append(f'<polygon points="{points}" fill="{shade(color, light) if cell in world else "none"}"/>')
+        lines.append("</g>")
+    return "\n".join(lines + ["</svg>"]) + "\n"
+
+
+# --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
+
+def scripted_builders(target_rows, palettes=PALETTES):
+    """Two perfect answers: agent 0 takes the cells with even x + y, agent 1 the odd; each alternates its two blocks.
+
+    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only X and Y, on their
+    own, miss the best reward: they have 0 and 1 odd cells, too few for agent 1's two blocks.
+    """
+    answers = [[], []]
+    for x, y, z in target_cells(target_rows):
+        mine, palette = answers[(x + y) % 2], palettes[(x + y) % 2]
+        mine.append(f"/setblock {x} {y} {z} {palette[len(mine) % len(palette)]}")
+    return ["\n".join(lines) for lines in answers]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Two scripted builders write a string in blocks.")
+    parser.add_argument("text", nargs="?", default="ICML", help="letters A-Z and digits 0-9 (default: ICML)")
+    parser.add_argument("--svg", metavar="FILE", help="also write an isometric picture, for a browser or a README")
+    args = parser.parse_args()
+    try:
+        target_rows = string_target(args.text)
+        svg = open(args.svg, "w", encoding="utf-8") if args.svg else None
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+
+    responses = scripted_builders(target_rows)
+    world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
+    score = strbuild_score(target_rows, responses, PALETTES)
+    for agent, response in enumerate(responses):
+        first, _, _ = response.partition("\n")
+        print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {first}")
+    print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(target_rows, world) + "\n")
+    weights = {"coverage": 2, "extra_ratio": -1.5, "adjacent_same_ratio": -1, "missing_palettes": -0.25}
+    for part, weight in weights.items():
+        print(f"{weight:+5} x {part:20} {score[part]:.3f}")
+    print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
+          f"rejected {[len(lines) for lines in rejected]}")
+    if svg:
+        svg.write(draw_svg(target_rows, world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
+        svg.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""
+The language model: one frozen base in memory, one LoRA adapter per agent (and critic), sampling and log-probabilities.
+
+    LanguageModel.generate   samples for many histories at once, rows of different agents in one batch, with a KV cache
+    LanguageModel.logprobs   log pi(a | h) of given answers, with gradients for the adapters
+    build_tiny               makes the base "tiny": a 1M-parameter transformer trained on a task's demonstrations
+
+    python model.py out/cc-strbuild                # the trained team at work: one process per agent, no critic
+    python model.py out/cc-strbuild --string CLIM
+"""
+import argparse
+import base64
+import collections
+import glob
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import types
+import warnings
+from contextlib import contextmanager
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import regex
+import tiktoken
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM,
+                          PreTrainedTokenizerFast)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.utils import logging as transformers_logging
+
+from tasks import Episode, Turn, get_task, history
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tiny base
+
+SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+# the tiny base knows the rules from its demonstrations, so its template leaves the system message out
+TEMPLATE = ("{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def train_bpe(texts, pattern):
+    """Byte-pair encoding of texts: {token bytes: rank}, ranks 0..255 being the single bytes.
+
+    Each distinct word (a match of pattern) counts once, and merging goes on until each is one token: train_bpe(["aab
+    aab"], r"\\w+|\\s") adds b"aa" as rank 256 and b"aab" as 257.
+    """
+    words = [[bytes([byte]) for byte in word.encode()]
+             for word in sorted({word for text in texts for word in regex.findall(pattern, text)})]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while counts := collections.Counter(pair for word in words for pair in zip(word, word[1:])):
+        left, right = max(counts, key=counts.get)
+        ranks[left + right] = len(ranks)
+        for word in words:
+            i = 0
+            while i + 1 < len(word):
+                if word[i] == left and word[i + 1] == right:
+                    word[i:i + 2] = [left + right]
+                i += 1
+    return ranks
+
+
+def tiny_tokenizer(task, rng):
+    """The byte-level BPE of a task's own text, as tiktoken.Encoding and as the tokenizer that transformers loads."""
+    texts = [message["content"] for _ in range(1500) for message in task.demonstration(rng)]
+    ranks = train_bpe(texts, task.pattern)
+    encoding = tiktoken.Encoding("tiny", pat_str=task.pattern, mergeable_ranks=ranks,
+                                 special_tokens={token: len(ranks) + i for i, token in enumerate(SPECIAL)})
+    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
+        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        file.flush()
+        fast = TikTokenConverter(vocab_file=file.name, pattern=task.pattern,
+                                 extra_special_tokens=encoding._special_tokens).converted()
+    return encoding, PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<|pad|>", eos_token="<|end|>",
+                                             additional_special_tokens=["<|user|>", "<|assistant|>"],
+                                             chat_template=TEMPLATE)
+
+
+def build_tiny(task, folder, steps=1000, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
+    """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
+
+    GPT-NeoX (Pythia's architecture) because its fused query-key-value and plain MLP make it the fastest of the standard
+    ones on a CPU. Many small steps teach more than few large ones: 1,200 steps of 6 conversations reach what 300 of
+    24 do not. The folder appears under its name only when it is complete.
+    """
+    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    encoding, tokenizer = tiny_tokenizer(task, rng)
+    user, assistant, end, pad = (encoding.encode_single_token(token) for token in SPECIAL[1:] + SPECIAL[:1])
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=encoding.n_vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=2048, use_parallel_residual=False, bos_token_id=None,
+        eos_token_id=end, pad_token_id=pad,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    pool = []
+    bar = tqdm(range(steps), desc=f"building {folder}", unit="step", dynamic_ncols=True)
+    for step in bar:
+        if not pool:  # conversations of like length share a batch, so that little of it is padding
+            drawn = []
+            for _ in range(batch_size * 16):
+                ids, is_target = [], []  # 1 = learned: all but the role marks, feedback included (it shows the letters)
+                for message in task.demonstration(rng):
+                    text = encoding.encode_ordinary(message["content"]) + [end]
+                    ids += [user if message["role"] == "user" else assistant] + text
+                    is_target += [0] + [1] * len(text)
+                drawn.append((ids, is_target))
+            drawn.sort(key=lambda conversation: len(conversation[0]))
+            pool = [drawn[i:i + batch_size] for i in range(0, len(drawn), batch_size)]
+            rng.shuffle(pool)
+        batch = pool.pop()
+        T = max(len(ids) for ids, _ in batch)
+        x = torch.tensor([ids + [pad] * (T - len(ids)) for ids, _ in batch])  # (B, T)
+        learned = torch.tensor([mask + [0] * (T - len(mask)) for _, mask in batch])[:, 1:].bool()  # (B, T-1)
+        hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, C)
+        loss = F.cross_entropy(model.get_output_embeddings()(hidden[learned]), x[:, 1:][learned])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=os.path.dirname(folder) or ".") as build:
+        model.save_pretrained(os.path.join(build, "model"))
+        tokenizer.save_pretrained(os.path.join(build, "model"))
+        if not os.path.isdir(folder):  # two runs may have built it at once; the first one counts
+            os.rename(os.path.join(build, "model"), folder)
+    return folder
+
+
+def check_model(name):
+    """Raise ValueError with one sentence when `name` is no model to load; nothing is loaded yet."""
+    if name == "tiny":
+        return
+    if os.path.exists(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError(f"{name} is not a model folder: it has no config.json.")
+        if not glob.glob(os.path.join(name, "*.safetensors")) + glob.glob(os.path.join(name, "*.bin")):
+            raise ValueError(f"{name} is not a model folder: it has no weights.")
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is no folder and no model id that can be loaded: {str(error).splitlines()[0]}") from None
+
+
+def model_folder(name, task_name, task):
+    """The folder or id to load; "tiny" is built on first use and cached as out/tiny-TASK."""
+    folder = os.path.join("out", f"tiny-{task_name}")
+    if name == "tiny" and not os.path.isdir(folder):
+        build_tiny(task, folder)
+    return folder if name == "tiny" else name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the base and its adapters
+
+
+class RoomyLayer(DynamicLayer):
+    """A KV cache layer with room to grow: the library's own copies all earlier keys and values for each new token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.room = None
+        old = self.keys.shape[-2] if self.keys.numel() else 0
+        new = old + keys.shape[-2]
+        if self.room is None or self.room[0].shape[0] != len(keys) or self.room[0].shape[2] < new:
+            self.room = [x.new_empty(*x.shape[:2], new + 64, x.shape[3]) for x in (keys, values)]
+            if old:
+                self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
+        self.room[0][:, :, old:new], self.room[1][:, :, old:new] = keys, values
+        self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
+        return self.keys, self.values
+
+
+class LanguageModel:
+    """A frozen causal LM and its tokenizer, with any number of LoRA adapters.
+
+    Every method takes `names`, one adapter name per row; rows of one adapter must stand together.
+    """
+
+    def __init__(self, folder, device="cpu", rank=16):
+        self.folder, self.device, self.rank, self.peft = folder, device, rank, None
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.causal_lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        self.causal_lm.to(device).eval().requires_grad_(False)
+        self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
+        self.end = self.tokenizer.eos_token_id
+        self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
+        self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
+        self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
+
+    def add_adapter(self, name, folder=None):
+        """Add a fresh LoRA adapter, or the one saved in folder; returns its parameters (fp32)."""
+        if folder is not None and self.peft is None:
+            self.peft = PeftModel.from_pretrained(self.causal_lm, folder, adapter_name=name)
+        elif folder is not None:
+            self.peft.load_adapter(folder, adapter_name=name)
+        else:
+            config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear",
+                                task_type="CAUSAL_LM")
+            if self.peft is None:
+                self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
+        for layer in self.lora_layers():
+            layer.forward = types.MethodType(self.lora_forward, layer)
+        parameters = [p for key, p in self.causal_lm.named_parameters() if f".{name}." in key]
+        for p in parameters:
+            p.requires_grad_(True)
+            p.data = p.data.float()
+        return parameters
+
+    def lora_layers(self):
+        return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
+
+    def lora_forward(self, layer, x):
+        """y = x W + scale (x A) B, each group of rows with its own A and B.
+
+        PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in
+        every layer; here the base's matrix product is shared and each group adds its own small ones.
+        """
+        sizes = [rows for _, rows in self.groups]
+        if self.folded:
+            out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
+                   for (name, _), rows in zip(self.groups, x.split(sizes))]
+            return torch.cat(out) if len(out) > 1 else out[0]
+        y = layer.base_layer(x)
+        out = []
+        for (name, _), rows, base in zip(self.groups, x.split(sizes), y.split(sizes)):
+            if name is not None:  # None: the base alone
+                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+                base = base + (F.linear(F.linear(rows.to(A.dtype), A), B) * layer.scaling[name]).to(base.dtype)
+            out.append(base)
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    @contextmanager
+    def rows(self, names):
+        self.groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
+        yield
+        self.groups = []
+
+    @torch.no_grad()
+    def fold(self, names):
+        """While sampling, use one matrix per adapter instead of three; for small models only, it copies the base."""
+        small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7 and None not in names
+        self.folded = {name: {layer: layer.base_layer.weight + layer.get_delta_weight(name)
+                              for layer in self.lora_layers()} for name in dict.fromkeys(names)} if small else {}
+
+    def render(self, messages):
+        """Token ids of a history in the model's own chat format, up to where the answer begins."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, tokens):
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def generate(self, names, prompts, max_new_tokens, generator, temperature=1.0, top_p=1.0):
+        """Sample one answer per row: (tokens, logps), two lists of B lists of equal lengths.
+
+        prompts: B lists of token ids. The end token is the last one of an answer that stopped by itself; an answer of
+        max_new_tokens without it was cut. logps are of the softmax at `temperature`, before top_p cuts its tail.
+        generator: a CPU torch.Generator; one number per row and step is drawn from it.
+        """
+        B, P, device = len(prompts), max(map(len, prompts)), self.device
+        ids = torch.tensor([[self.pad] * (P - len(p)) + p for p in prompts], device=device)  # (B, P), left-padded
+        mask = torch.ones(B, P + max_new_tokens, dtype=torch.bool)  # 1 = may be attended to
+        for row, prompt in enumerate(prompts):
+            mask[row, :P - len(prompt)] = False
+        mask = mask.to(device)
+        position = (mask[:, :P].long().cumsum(1) - 1).clamp(min=0)  # (B, P)
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
+        tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
+        logps = torch.zeros(B, max_new_tokens, device=device)
+        row = torch.arange(B, device=device)  # which answer each row still in the batch belongs to
+        alive = torch.ones(B, dtype=torch.bool, device=device)
+        self.fold(names)
+        for t in range(max_new_tokens):
+            attend = mask[:, :P] if t == 0 else mask[:, None, None, :P + t]  # 4D goes to the kernel as it is
+            with self.rows(names):
+                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
+                                        past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
+            logp = (logits.float() / temperature).log_softmax(-1)
+            kept = logp.exp()
+            if top_p < 1:
+                ordered, order = kept.sort(-1, descending=True)
+                ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
+                kept = torch.zeros_like(kept).scatter_(1, order, ordered)
+            edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number a row, not V
+            u = torch.rand(B, generator=generator).to(device)[row, None] * edges[:, -1:]
+            token = torch.searchsorted(edges, u, right=True).clamp(max=logp.shape[1] - 1)  # (rows, 1)
+            tokens[row[alive], t] = token[alive, 0]
+            logps[row[alive], t] = logp.gather(1, token)[alive, 0]
+            alive &= token[:, 0] != self.end
+            if not alive.any():
+                break
+            ids, position = token, position[:, -1:] + 1
+            if alive.float().mean() < 0.9:  # drop finished rows; copying the cache for each single one costs more
+                keep = alive.nonzero()[:, 0]
+                row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
+                names = [names[k] for k in keep.tolist()]
+                cache.batch_select_indices(keep)
+        self.folded = {}
+        lengths = (tokens >= 0).sum(1).tolist()
+        return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
+                [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
+
+    def hidden(self, names, sequences):
+        """Hidden states (B, T, C) of B token-id lists, padded on the right, where causal attention needs no mask."""
+        T = max(map(len, sequences))
+        ids = torch.tensor([s + [self.pad] * (T - len(s)) for s in sequences], device=self.device)  # (B, T)
+        with self.rows(names):
+            return self.causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logprobs(self, names, prompts, tokens, temperature=1.0):
+        """log pi of every sampled token and the entropy there, both (N,): the answers' tokens one after another.
+
+        Vocabulary logits are computed where an answer's token is predicted and nowhere else.
+        """
+        hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)])  # (B, T, C)
+        T = hidden.shape[1]
+        predicts = torch.tensor([b * T + len(p) - 1 + i for b, (p, t) in enumerate(zip(prompts, tokens))
+                                 for i in range(len(t))], device=self.device)  # (N,)
+        sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
+        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[predicts]).float() / temperature  # (N, V)
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(1, sampled[:, None])[:, 0], entropy
+
+    def adapter_state(self):
+        """All adapters' weights, for train_state.pt."""
+        return {key: p.detach().clone() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
+
+    def load_adapter_state(self, state):
+        for key, p in self.causal_lm.named_parameters():
+            if "lora_" in key:
+                p.data.copy_(state[key])
+
+    def save_adapter(self, name, out_dir):
+        """Write out_dir/name/ as PEFT does; each file appears whole or not at all."""
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".saving-") as build:
+            self.peft.save_pretrained(build, selected_adapters=[name])
+            os.makedirs(os.path.join(out_dir, name), exist_ok=True)
+            for file in os.listdir(os.path.join(build, name)):
+                os.replace(os.path.join(build, name, file), os.path.join(out_dir, name, file))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run folders
+
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
+    write(path + ".part")
+    os.replace(path + ".part", path)
+
+
+def write_text(path, text):
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+    write_atomic(path, write)
+
+
+# may differ between a run and its continuation
+FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device", "threads"}
+
+
+def check_run_folder(args):
+    """Refuse, with ValueError, to overwrite another run or to continue one with other settings."""
+    path = os.path.join(args.out_dir, "config.json")
+    if not os.path.exists(path):
+        if args.resume:
+            raise ValueError(f"There is no run to resume in {args.out_dir}.")
+        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir) and not args.overwrite:
+            raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+        return
+    if not (args.resume or args.overwrite or args.eval_only):
+        raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
+    if args.resume or args.eval_only:
+        with open(path) as file:
+            saved = json.load(file)
+        ignored = FREE if args.resume else FREE | (set(vars(args)) - {"task", "model", "num_agents", "lora_rank"})
+        differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
+                  if key not in ignored and saved.get(key) != value]
+        if differ:
+            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
+
+
+def open_run_folder(args, versions):
+    """Make the folder, empty it of an overwritten run, and write config.json."""
+    if args.overwrite and os.path.exists(os.path.join(args.out_dir, "config.json")):
+        shutil.rmtree(args.out_dir)
+    os.makedirs(args.out_dir, exist_ok=True)
+    for stray in glob.glob(os.path.join(args.out_dir, ".saving-*")):  # left by a killed run
+        shutil.rmtree(stray, ignore_errors=True)
+    write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
+
+
+def dialogue(task, episode, color):
+    """A whole episode as text: what each agent was told and answered, the world and its reward, turn by turn."""
+    lines = []
+    for t, turn in enumerate(episode.turns):
+        for agent, response in enumerate(turn.responses):
+            told = task.observation(episode.item, agent) if t == 0 else episode.turns[t - 1].outcome.feedback[agent]
+            answer = response.strip().splitlines() or ["(nothing)"]
+            more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
+            lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
+                      f"       | agent {agent} answers: {'; '.join(answer[:4])}{more}"]
+        lines += [task.draw(episode.item, turn.responses, color),
+                  f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decentralised execution
+
+
+def agent_process(connection, folder, out_dir, agent, seed, limit, temperature):
+    """One agent, alone: it loads the base and its own adapter, and sees only the histories that it is sent."""
+    torch.set_num_threads(1)
+    lm = LanguageModel(folder)
+    lm.add_adapter(f"agent_{agent}", os.path.join(out_dir, f"agent_{agent}"))
+    generator = torch.Generator().manual_seed(seed * 1000 + agent)
+    while (messages := connection.recv()) is not None:
+        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature)
+        connection.send(lm.decode(tokens)[0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Let a trained team work as it would be deployed: one process per "
+                                                 "agent, each with the base and its own adapter, no critic.")
+    parser.add_argument("out_dir", help="folder of a run, such as out/cc-strbuild")
+    parser.add_argument("--string", help="strbuild: what to build (default: the first held-out item)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the agents' sampling")
+    args = parser.parse_args()
+    try:
+        with open(os.path.join(args.out_dir, "config.json")) as file:
+            config = json.load(file)
+        if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
+            raise ValueError(f"{args.out_dir} has no trained agents yet.")
+        task = get_task(config["task"], num_agents=config["num_agents"], num_turns=config["num_turns"],
+                        feedback=config["feedback"])
+        item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
+        folder = model_folder(config["model"], config["task"], task)
+    except OSError:
+        parser.exit(2, f"error: {args.out_dir} is not the folder of a run: it has no config.json.\n")
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for agent in range(task.num_agents):
+        ours, theirs = context.Pipe()
+        context.Process(target=agent_process, daemon=True, args=(
+            theirs, folder, args.out_dir, agent, args.seed, config["max_new_tokens"], config["temperature"])).start()
+        pipes.append(ours)
+    episode = Episode(item)
+    for t in range(task.num_turns):
+        for agent, pipe in enumerate(pipes):
+            pipe.send(history(task, episode, agent))  # its own observations, nothing else
+        responses = [pipe.recv() for pipe in pipes]
+        episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t), None))
+        if episode.turns[-1].outcome.done:
+            break
+    for pipe in pipes:
+        pipe.send(None)
+    print(dialogue(task, episode, sys.stdout.isatty()))
+    print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""
+Tasks: what each agent is shown, what its answer is worth, and when an episode ends.
+
+A task is one class; everything else in this repository knows a task only by these names:
+
+    train_items, eval_items             lists of dicts; no item stands in both
+    num_agents, num_turns               n agents, at most T turns
+    max_new_tokens                      length limit of one answer, in tokens
+    pattern                             regular expression that cuts the task's text into words for the tiny tokenizer
+    instructions(agent)                 the rules, said once as system message
+    observation(item, agent)            o_i,0: what agent i is shown first
+    judge(item, responses, turn)        an Outcome: reward, score, the end, and what each agent is told next
+    demonstration(rng)                  one conversation of a sloppy expert; the tiny base is trained on these
+    draw(item, responses, color)        the world as text for a terminal; draw_svg(item, responses) as a picture
+
+One worked example, strbuild with the string "I" at turn 0 of 4:
+
+    agent 0 is shown   Build 1:I with oak_planks stone.  agent 1 is shown   Build 1:I with white_concrete obsidian.
+    agent 0 answers    /setblock 0 4 0 oak_planks        agent 1 answers    /setblock 1 4 0 obsidian
+                       /setblock 2 4 0 stone                                /setblock 1 0 0 white_concrete
+
+I has 13 cells; 4 are filled and nothing else is: coverage = IoU = 4/13. The three blocks in the top row touch and
+differ: adjacent_same_ratio = 0. Each agent used both of its blocks: missing_palettes = 0. reward = 2 x 4/13 = 0.615;
+the training reward is reward - 2 = -1.385, score is 100 x IoU = 30.8, and since -1.385 is not above -0.1 there is a
+next turn: each agent gets its own answer back and is told which cells belong to the string.
+
+    python tasks.py --task strbuild     # an item, what each agent sees, two answers and the reward taken apart
+"""
+import argparse
+import json
+import random
+import sys
+import zlib
+from dataclasses import dataclass, field
+
+import minecraft_sim as sim
+
+# ----------------------------------------------------------------------------------------------------------------------
+# episodes
+
+
+@dataclass
+class Outcome:
+    """What the environment says about one joint response."""
+    reward: float           # r_t, the training reward, the same for every agent
+    score: float            # percent: what tables show
+    parts: dict             # the reward taken apart: name -> number
+    done: bool              # solved: the episode ends before its last turn
+    feedback: list          # per agent: what it is told before its next answer
+
+
+@dataclass
+class Turn:
+    """One joint response; every list has one entry per agent."""
+    prompts: list           # token ids of the rendered history h_i,t
+    tokens: list            # sampled token ids of a_i,t, the end token included unless the answer was cut
+    logps: list             # log pi of each of those tokens, as sampled
+    responses: list         # a_i,t as text
+    outcome: Outcome
+    critic_inputs: list     # one entry per critic: token ids of the history it reads
+    values: list = None     # one entry per critic: V(h_t), set by the train script
+    targets: list = None    # one entry per critic: what V(h_t) is regressed on
+    advantages: list = None  # one entry per agent
+
+
+@dataclass
+class Episode:
+    """An item and the turns played on it so far."""
+    item: dict
+    turns: list = field(default_factory=list)
+
+
+def history(task, episode, agent):
+    """The messages of h_i,t: the rules and o_i,0, then the agent's own last answer and what it was told about it.
+
+    2 messages at turn 0, 4 later: like the official code, only the last answer is kept. Nothing of another agent is in
+    here, so this is all that agent i needs when it works alone.
+    """
+    messages = [{"role": "system", "content": task.instructions(agent)},
+                {"role": "user", "content": task.observation(episode.item, agent)}]
+    if episode.turns:
+        last = episode.turns[-1]
+        messages += [{"role": "assistant", "content": last.responses[agent]},
+                     {"role": "user", "content": last.outcome.feedback[agent]}]
+    return messages
+
+
+def read_jsonl(path, check):
+    """Items of a person's own file, one JSON object a line, as (train, eval); "split": "eval" marks held-out lines.
+
+    check(object) returns the item or raises ValueError. Raises ValueError with one sentence and the line's number.
+    """
+    items = {"train": [], "eval": []}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or record.get("split", "train") not in items:
+                        raise ValueError('a line is an object whose "split", if any, is "train" or "eval"')
+                    items[record.get("split", "train")].append(check(record))
+                except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {path}: {error}") from None
+    if not items["train"]:
+        raise ValueError(f"{path} has no training line.")
+    both = [item for item in items["eval"] if item in items["train"]]
+    if both:
+        raise ValueError(f"{path}: {both[0]} is a training line and a held-out line; it can be only one.")
+    return items["train"], items["eval"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# strbuild: write a string in blocks
+
+
+def by_letter(cells):
+    """Cells in the order in which one writes: letter by letter (5 columns and a gap of 2), each from the top."""
+    return sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
+
+
+class StrBuild:
+    """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
+
+    Rules and reward: minecraft_sim.strbuild_score. The training reward is reward - 2; above -0.1 the episode ends.
+    Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten
+    of the others are held out: never trained on, and in no demonstration.
+    """
+    max_new_tokens = 144  # the longest string has 68 cells, two tokens each
+    # a cell is one word, and so is a block with the line break and the command that follow it: 2 tokens a command;
+    # the letters of the string stay apart, so that unseen strings are made of seen tokens
+    pattern = r" \d+ \d+ \d+| \d+:[A-Z0-9]| \w+\n(?:/setblock)?|/setblock|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
+    feedback_modes = ["position", "score", "perfect"]
+
+    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin"):
+        if num_agents not in (1, 2):
+            raise ValueError(f"strbuild has palettes for 1 or 2 agents, not {num_agents}.")
+        self.num_agents, self.num_turns = num_agents, 4 if num_turns is None else num_turns
+        self.mode = feedback or "position"
+        if self.mode not in self.feedback_modes:
+            raise ValueError(f"strbuild has no feedback {feedback!r}; choose from {', '.join(self.feedback_modes)}.")
+        self.palettes = sim.PALETTES if num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
+        rng = random.Random(0)
+        strings = list(dict.fromkeys(self.random_string(rng) for _ in range(6000)))
+        self.eval_items = [{"string": s} for s in ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:30]]
+        self.train_items = [{"string": s} for s in strings if not self.held_out(s)]
+        if data == "hub":
+            raise ValueError("strbuild has no data set on the hub; use --data builtin or a file of your own.")
+        if data != "builtin":
+            self.train_items, own = read_jsonl(data, self.check)
+            self.eval_items = own or [item for item in self.eval_items if item not in self.train_items]
+
+    @staticmethod
+    def check(record):
+        if not isinstance(record.get("string"), str):
+            raise ValueError('a line needs a "string", as in {"string": "ICML"}')
+        sim.string_target(record["string"])
+        return {"string": record["string"].upper()}
+
+    @staticmethod
+    def random_string(rng):
+        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.choice([1, 2, 2, 3, 3, 4, 4, 4])))
+
+    @staticmethod
+    def held_out(string):
+        return string in ("ICML", "CLIM") or len(string) > 1 and zlib.crc32(string.encode()) % 10 == 0
+
+    def instructions(self, agent):
+        blocks = " or ".join(self.palettes[agent])
+        return (f"You are builder {agent + 1} of {self.num_agents}. Together you write a string in blocks on a wall, "
+                "and you cannot talk to each other. Letters are 5 columns wide and 5 rows high with 2 empty columns "
+                "between them; x runs from left to right from 0, y from 0 at the bottom to 4 at the top, z is 0. Fill "
+                "the cells of the letters and no others. Touching blocks of the same kind cost points; every kind "
+                f"must be used. Answer with lines of the form /setblock x y z block and nothing else; your blocks: {blocks}.")
+
+    def observation(self, item, agent):
+        return f"Build{self.spelled(item['string'])} with {' '.join(self.palettes[agent])}."
+
+    @staticmethod
+    def spelled(string):
+        """" 1:I 2:C 3:M 4:L" for "ICML": which letter stands in which place."""
+        return "".join(f" {k}:{letter}" for k, letter in enumerate(string, 1))
+
+    def judge(self, item, responses, turn):
+        rows = sim.string_target(item["string"])
+        parts = sim.strbuild_score(rows, responses, self.palettes)
+        reward = parts["reward"] - 2
+        feedback = [self.feedback(self.mode, rows, agent, responses, turn + 1) for agent in range(self.num_agents)]
+        return Outcome(reward, 100 * parts["iou"], parts, reward > -0.1, feedback)
+
+    def feedback(self, mode, rows, agent, responses, turn):
+        """What an agent is told before turn `turn`; the turn's number lets a critic see how much is still to come."""
+        text, cells = f"Turn {turn + 1} of {self.num_turns}.", sim.target_cells(rows)
+        if mode == "score":
+            return f"{text} The last build was worth {sim.strbuild_score(rows, responses, self.palettes)['reward']:.2f} of 2."
+        if mode == "perfect":
+            _, accepted, _ = sim.strbuild_world(rows, responses, self.palettes)
+            wrong = by_letter({cell for cell, block in accepted[agent] if block != "air"} - set(cells))
+            return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
+        listed = "".join(" %d %d %d" % cell for cell in by_letter(cells))
+        return f"{text} The cells:{listed}. Fill about half, no equal neighbours."
+
+    def draw(self, item, responses, color=False):
+        rows = sim.string_target(item["string"])
+        return (sim.draw_ansi if color else sim.draw_text)(rows, sim.strbuild_world(rows, responses, self.palettes)[0])
+
+    def draw_svg(self, item, responses):
+        rows = sim.string_target(item["string"])
+        title = f"{item['string']}   IoU {sim.strbuild_score(rows, responses, self.palettes)['iou']:.2f}"
+        return sim.draw_svg(rows, sim.strbuild_world(rows, responses, self.palettes)[0], title)
+
+    # the sloppy expert: it knows the letters and has many habits, good and bad, from which RL selects
+
+    where = {"all": 3, "even": 2, "odd": 2, "left": 1, "right": 1, "top": 1, "bottom": 1, "first": 2, "last": 2, "row": 3}
+    care = {"careful": 6, "hasty": 2, "shifted": 2}
+    blocks = {"one": 4, "random": 4, "alternate": 2}
+
+    def demonstration(self, rng):
+        """Messages of a conversation of two answers; the tiny base learns the answers and the texts between them."""
+        while self.held_out(string := self.random_string(rng)):
+            pass
+        palettes = rng.choice([self.palettes, sim.PALETTES, [sum(sim.PALETTES, [])]])
+        rows, agent = sim.string_target(string), rng.randrange(len(palettes))
+        cells, mode = by_letter(sim.target_cells(rows)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
+        answers = [self.answer(cells, palettes[agent], rng) for _ in range(2)]
+        shown = [answers[0] if i == agent else "" for i in range(len(palettes))]
+        return [{"role": "user", "content": f"Build{self.spelled(string)} with {' '.join(palettes[agent])}."},
+                {"role": "assistant", "content": answers[0]},
+                {"role": "user", "content": self.feedback(mode, rows, agent, shown, rng.randint(1, 3))},
+                {"role": "assistant", "content": answers[1]}]
+
+    def answer(self, cells, palette, rng):
+        """One answer of the sloppy expert: which cells it takes, how carefully, and with which blocks."""
+        where, care, blocks = (rng.choices(list(d), d.values())[0] for d in (self.where, self.care, self.blocks))
+        right, row, one = max(x for x, _, _ in cells), rng.randrange(5), rng.choice(palette)
+        shift = rng.choice([-1, 1]) if care == "shifted" else 0
+        lines = []
+        for x, y, z in cells:
+            mine = {"all": True, "even": (x + y) % 2 == 0, "odd": (x + y) % 2 == 1, "left": 2 * x <= right,
+                    "right": 2 * x >= right, "top": y >= 3, "bottom": y <= 1, "first": x < 7,
+                    "last": x // 7 == right // 7, "row": y == row}[where]
+            if mine and (care != "hasty" or rng.random() < 0.5):
+                block = {"one": one, "random": rng.choice(palette), "alternate": palette[len(lines) % len(palette)]}[blocks]
+                lines.append(f"/setblock {max(0, x + shift)} {y} {z} {block}\n")
+        return "".join(lines) or "nothing\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+TASKS = {"strbuild": StrBuild}
+
+
+def get_task(name, **options):
+    """The task of that name; ValueError with one sentence where name or options make no sense."""
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
+    if (options.get("num_turns") or 1) < 1:
+        raise ValueError(f"num_turns must be at least 1, not {options['num_turns']}.")
+    return TASKS[name](**options)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show an item, what each agent sees, two answers and their reward.")
+    parser.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--seed", type=int, default=0, help="picks the item and the answers")
+    args = parser.parse_args()
+    try:
+        task = get_task(args.task)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    rng = random.Random(args.seed)
+    episode = Episode(rng.choice(task.train_items))
+    cells = by_letter(sim.target_cells(sim.string_target(episode.item["string"])))
+    responses = [task.answer(cells, palette, rng) for palette in task.palettes]
+    outcome = task.judge(episode.item, responses, 0)
+    for agent in range(task.num_agents):
+        print(f"--- agent {agent}")
+        for message in history(task, episode, agent):
+            print(f"{message['role']:>9}: {message['content']}")
+        print(f"{'answers':>9}: " + responses[agent].strip().replace("\n", f"\n{'':11}"))
+        print(f"{'is told':>9}: {outcome.feedback[agent]}")
+    print("\n" + task.draw(episode.item, responses, color=sys.stdout.isatty()) + "\n")
+    for name, number in outcome.parts.items():
+        print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
+    print(f"training reward {outcome.reward:.3f}, score {outcome.score:.1f}, done {outcome.done}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""
+One thread (two on tiny tensors are slower), no network, no GPU, here and in every script that a test starts.
+
+Scripts run whole, in a process of their own, forked from a server that has imported the libraries once: that saves
+seven seconds a run. .ci/run starts them the ordinary way.
+"""
+import multiprocessing
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "critic", "model"])
+
+
+def run_script(script, arguments, folder, output):
+    """What a forked process does: become `python SCRIPT ARGUMENTS` in folder, writing to output.out and output.err."""
+    for descriptor, suffix in [(1, ".out"), (2, ".err")]:
+        os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(folder)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+class Workplace:
+    """A folder to run scripts in, with an out/ of its own that holds a hastily trained "tiny" base."""
+
+    def __init__(self, folder):
+        from model import build_tiny
+        from tasks import get_task
+        self.folder, self.out, self.count = folder, folder / "out", 0
+        self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=60, lr=0.01, width=64,
+                               layers=2, heads=2)
+
+    def start(self, script, *arguments, folder=None):
+        """Start a script; .process is its process, .out and .err are the files that it writes."""
+        self.count += 1
+        output = str(self.folder / f"run-{self.count}")
+        process = server.Process(target=run_script, args=(script, arguments, str(folder or self.folder), output))
+        process.start()
+        return SimpleNamespace(process=process, out=Path(output + ".out"), err=Path(output + ".err"))
+
+    def run(self, script, *arguments, folder=None, timeout=120):
+        """Run a script to its end: .code, .out and .err as text."""
+        run = self.start(script, *arguments, folder=folder)
+        run.process.join(timeout)
+        if run.process.exitcode is None:
+            run.process.kill()
+            pytest.fail(f"{script} {arguments} still ran after {timeout} s")
+        return SimpleNamespace(code=run.process.exitcode, out=run.out.read_text(), err=run.err.read_text())
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp("workplace"))

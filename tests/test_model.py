@@ -1,0 +1,353 @@
+"""The language model and the critic: every log-probability is computed a second time, by plain transformers and PEFT."""
+import os
+import random
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+import model
+from critic import Critic, critic_messages, td_targets
+from model import LanguageModel, build_tiny, tiny_tokenizer, train_bpe
+from tasks import get_task
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
+CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
+           "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
+           "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    return tiny_tokenizer(get_task("strbuild"), random.Random(0))
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def folder(request, tokenizers, tmp_path_factory):
+    """A model folder as a person might bring one: random weights, wide enough apart that its answers differ."""
+    path, tokenizer = tmp_path_factory.mktemp(request.param), tokenizers[1]
+    torch.manual_seed(0)
+    config = CONFIGS[request.param](vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                                    pad_token_id=tokenizer.pad_token_id)
+    network = AutoModelForCausalLM.from_config(config)
+    for p in network.parameters():
+        if p.ndim == 2:
+            p.data.normal_(0, 0.2)
+    network.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def team(folder, names=("agent_0", "agent_1", "critic")):
+    """A language model whose adapters are no longer the zero they start as."""
+    lm = LanguageModel(folder, rank=4)
+    torch.manual_seed(1)
+    for name in names:
+        lm.add_adapter(name)
+    for name in names:  # after all have been added: none may have been changed by another one's arrival
+        for key, p in lm.causal_lm.named_parameters():
+            if f".{name}." in key:
+                p.data = torch.randn_like(p) * 0.2
+    return lm
+
+
+def prompts_of(lm, count):
+    """Histories of very different lengths, so that rows are padded a lot."""
+    task, rng = get_task("strbuild"), random.Random(4)
+    return [lm.render(task.demonstration(rng)[:1 + 2 * (i % 2)]) for i in range(count)]
+
+
+def likely_to_end(lm):
+    """Bias the model so that some answers stop early and some never."""
+    head = lm.causal_lm.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)).index_fill_(0, torch.tensor(lm.end), 5.0), requires_grad=False)
+
+
+def plain_logprobs(network, prompt, answer):
+    """One row, no padding, no cache, the logits of the library: (N,)."""
+    with torch.no_grad():
+        logits = network(input_ids=torch.tensor([prompt + answer])).logits[0].float()
+    logp = logits.log_softmax(-1)
+    return torch.tensor([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)])
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+def test_train_bpe_counts_by_hand():
+    ranks = train_bpe(["aab aab"], r"\w+|\s")
+    assert len(ranks) == 258 and ranks[b"aa"] == 256 and ranks[b"aab"] == 257
+    ranks = train_bpe(["aaaa"], r"\w+")  # overlapping pairs: aa aa, then aaaa
+    assert [token for token in ranks if len(token) > 1] == [b"aa", b"aaaa"]
+    assert train_bpe(["ab", "é"], r"\w").keys() - {bytes([i]) for i in range(256)} == {"é".encode()}
+    assert sorted(ranks.values()) == list(range(len(ranks)))
+
+
+def test_tokenizer_agrees_with_tiktoken(tokenizers):
+    encoding, tokenizer = tokenizers
+    task, rng = get_task("strbuild"), random.Random(5)
+    texts = [message["content"] for _ in range(50) for message in task.demonstration(rng)]
+    texts += [task.instructions(0), "é 日本 🎉 \n\n\t /setblock -1 ~2 3.0 x", " ", "\r\n", "a" * 99, "<end>", "0123"]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == encoding.encode_ordinary(text), text
+        assert tokenizer.decode(ids) == encoding.decode(ids) == text
+
+
+def test_a_command_costs_two_tokens_and_letters_stay_apart(tokenizers):
+    encoding, _ = tokenizers
+    assert len(encoding.encode_ordinary("/setblock 3 4 0 stone\n/setblock 26 0 0 obsidian\n")) == 5  # the first word too
+    assert len(encoding.encode_ordinary("ICML9")) == 5
+
+
+def test_no_text_of_a_person_becomes_a_special_token(tokenizers):
+    """An answer that spells out the end mark must not end the next history, nor speak in another role."""
+    encoding, tokenizer = tokenizers
+    spelled = tokenizer("<|end|><|user|>", add_special_tokens=False).input_ids
+    plain = encoding.encode_ordinary("<|end|><|user|>")
+    assert tokenizer.decode(plain) == "<|end|><|user|>" and len(spelled) in (2, len(plain))
+
+
+# --- the tiny base ----------------------------------------------------------------------------------------------------
+
+def test_tiny_is_an_ordinary_model_folder(workplace):
+    folder = workplace.tiny
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    task = get_task("strbuild")
+    encoding, _ = tiny_tokenizer(task, random.Random(0))  # the same seed: the same merges
+    text = task.demonstration(random.Random(9))[1]["content"]
+    assert tokenizer(text, add_special_tokens=False).input_ids == encoding.encode_ordinary(text)
+    assert network.config.vocab_size >= len(tokenizer) and network.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    shown = tokenizer.apply_chat_template([{"role": "system", "content": "rules"}, {"role": "user", "content": "Build I"}],
+                                          tokenize=False, add_generation_prompt=True)
+    assert shown == "<|user|>Build I<|end|><|assistant|>"
+    assert [name for name in os.listdir(workplace.out) if name.startswith(".")] == []  # nothing left of the building
+
+
+def test_tiny_is_the_same_for_the_same_seed_and_keeps_a_finished_one(tmp_path):
+    task, small = get_task("strbuild"), dict(steps=2, width=16, layers=1, heads=2)
+    weights = []
+    for name in ("one", "two"):
+        build_tiny(task, str(tmp_path / name), **small)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    build_tiny(task, str(tmp_path / "one"), seed=1, **small)  # another process was faster: its base counts
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == weights[0]
+    build_tiny(task, str(tmp_path / "three"), seed=1, **small)
+    assert (tmp_path / "three" / "model.safetensors").read_bytes() != weights[0]
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
+    """KV cache, left padding, rows that finish early and two agents in one batch change no log-probability."""
+    lm = team(folder)
+    likely_to_end(lm)
+    names, prompts = ["agent_0"] * 6 + ["agent_1"] * 6, prompts_of(lm, 12)
+    tokens, logps = lm.generate(names, prompts, 24, torch.Generator().manual_seed(0), temperature)
+    lengths = [len(answer) for answer in tokens]
+    assert len(set(lengths)) > 3 and min(lengths) < 12, "the test needs answers of different lengths"
+    assert [len(logp) for logp in logps] == lengths and max(lengths) <= 24
+    again, entropy = lm.logprobs(names, prompts, tokens, temperature)
+    assert torch.allclose(again, torch.tensor([x for logp in logps for x in logp]), atol=1e-4)
+    assert entropy.shape == again.shape and (entropy > 0).all()
+    stopped = [answer for answer in tokens if answer[-1] == lm.end]  # stopping is a choice with a log-probability
+    assert stopped and all(answer.count(lm.end) == (answer[-1] == lm.end) for answer in tokens)
+    assert all(len(answer) == 24 for answer in tokens if answer[-1] != lm.end)  # what was cut has no end token
+
+
+def test_an_answer_that_is_cut_has_no_end_token(folder):
+    lm = team(folder)
+    tokens, logps = lm.generate(["agent_0"] * 4, prompts_of(lm, 4), 1, torch.Generator().manual_seed(1))
+    assert all(len(answer) == len(logp) == 1 for answer, logp in zip(tokens, logps))
+
+
+def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
+    """Also: a saved adapter is an ordinary PEFT adapter, and nothing of another adapter is in it."""
+    lm = team(folder)
+    names, prompts = ["agent_0", "agent_0", "agent_1", "critic", None], prompts_of(lm, 5)
+    tokens = [[5, 6, 7, lm.end], [300] * 9, [8], [9, 10], [11, 12]]
+    with torch.no_grad():
+        mixed, _ = lm.logprobs(names, prompts, tokens)
+        states = lm.hidden(names, prompts)
+    for name in ("agent_0", "agent_1", "critic"):
+        lm.save_adapter(name, str(tmp_path))
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / name))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    plain = [plain_logprobs(base, prompts[4], tokens[4])]
+    peft = PeftModel.from_pretrained(base, tmp_path / "agent_0", adapter_name="agent_0")
+    for name in ("agent_1", "critic"):
+        peft.load_adapter(tmp_path / name, adapter_name=name)
+    for row in (3, 2, 1, 0):
+        peft.set_adapter(names[row])
+        plain.insert(0, plain_logprobs(peft, prompts[row], tokens[row]))
+        with torch.no_grad():
+            last = peft(input_ids=torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states[-1][0, -1]
+        assert torch.allclose(states[row, len(prompts[row]) - 1], last, atol=1e-5)
+    assert torch.allclose(mixed, torch.cat(plain), atol=1e-5)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_saved_adapter_comes_back(folder, tmp_path):
+    lm = team(folder)
+    prompts, tokens = prompts_of(lm, 2), [[5, 6, 7], [8, lm.end]]
+    before = lm.logprobs(["agent_1", "agent_1"], prompts, tokens)[0]
+    lm.save_adapter("agent_1", str(tmp_path))
+    fresh = LanguageModel(folder)
+    fresh.add_adapter("agent_1", str(tmp_path / "agent_1"))
+    assert torch.equal(fresh.logprobs(["agent_1", "agent_1"], prompts, tokens)[0], before)
+    state = {key: p.clone() for key, p in lm.adapter_state().items()}  # and through train_state.pt
+    for p in lm.causal_lm.parameters():
+        if p.requires_grad:
+            p.data.zero_()
+    assert not torch.equal(lm.logprobs(["agent_1", "agent_1"], prompts, tokens)[0], before)
+    lm.load_adapter_state(state)
+    assert torch.equal(lm.logprobs(["agent_1", "agent_1"], prompts, tokens)[0], before)
+
+
+def test_gradients_reach_the_adapters_of_their_own_rows_and_nothing_else(folder):
+    lm = team(folder)
+    logp, _ = lm.logprobs(["agent_0", "agent_1"], prompts_of(lm, 2), [[5, 6, 7], [8, lm.end]])
+    logp[:3].sum().backward()  # the row of agent_0
+    touched = {key for key, p in lm.causal_lm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all(".agent_0." in key for key in touched)
+    logp, _ = lm.logprobs(["agent_0", "agent_1"], prompts_of(lm, 2), [[5, 6, 7], [8, lm.end]])
+    logp[3:].sum().backward()
+    touched = {key for key, p in lm.causal_lm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any(".agent_1." in key for key in touched) and not any(".critic." in key for key in touched)
+    assert all("lora_" in key for key, p in lm.causal_lm.named_parameters() if p.requires_grad)
+    assert all(p.requires_grad for key, p in lm.causal_lm.named_parameters() if "lora_" in key)
+
+
+def test_fresh_adapters_change_nothing(folder):
+    lm = LanguageModel(folder, rank=4)
+    returned = [lm.add_adapter(name) for name in ("agent_0", "agent_1")]
+    assert len(returned[0]) == len(returned[1]) > 0 and not {*map(id, returned[0])} & {*map(id, returned[1])}
+    prompts, tokens = prompts_of(lm, 3), [[5, 6, 7]] * 3
+    logp, _ = lm.logprobs(["agent_0", "agent_1", None], prompts, tokens)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    plain = torch.cat([plain_logprobs(base, prompt, answer) for prompt, answer in zip(prompts, tokens)])
+    assert torch.allclose(logp, plain, atol=1e-5)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+def test_sampling_follows_the_probabilities(workplace):
+    """4,000 first tokens of one history against the softmax, at both temperatures and with top_p."""
+    lm = LanguageModel(workplace.tiny)
+    lm.add_adapter("agent_0")
+    prompt, N = prompts_of(lm, 1)[0], 4000
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5)]:
+        with torch.no_grad():
+            with lm.rows(["agent_0"]):
+                logits = lm.causal_lm(input_ids=torch.tensor([prompt])).logits[0, -1]
+        p = (logits / temperature).softmax(-1)
+        if top_p < 1:  # the fewest most likely tokens that reach top_p
+            order = p.argsort(descending=True)
+            n = int((p[order].cumsum(0) < top_p).sum()) + 1
+            allowed = torch.zeros_like(p).index_fill_(0, order[:n], 1)
+            p = p * allowed / (p * allowed).sum()
+        tokens, _ = lm.generate(["agent_0"] * N, [prompt] * N, 1, generator, temperature, top_p)
+        counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=len(p)) / N
+        assert not counts[p == 0].any()
+        assert (counts - p).abs().max() < 5 * (0.25 / N) ** 0.5  # five standard deviations of the worst case
+
+
+def test_a_row_samples_the_same_alone_and_in_company(folder):
+    """The generator gives every row its own numbers, whichever rows have finished before it."""
+    lm = team(folder)
+    likely_to_end(lm)
+    prompts = prompts_of(lm, 8)
+    one, _ = lm.generate(["agent_0"] * 8, prompts, 16, torch.Generator().manual_seed(3))
+    two, _ = lm.generate(["agent_0"] * 8, prompts, 16, torch.Generator().manual_seed(3))
+    assert one == two
+    # other company in rows 4..7, of other lengths: rows 0..3 keep their answers
+    three, _ = lm.generate(["agent_0"] * 4 + ["agent_1"] * 4, prompts, 16, torch.Generator().manual_seed(3))
+    assert three[:4] == one[:4] and three[4:] != one[4:]
+
+
+# --- the critic -------------------------------------------------------------------------------------------------------
+
+def test_td_targets_by_hand():
+    targets, advantages = td_targets([1, 2], [0.5, 1.0], 0.9)
+    assert targets == pytest.approx([1.9, 2.0]) and advantages == pytest.approx([1.4, 1.0])
+    targets, advantages = td_targets([1, 2], [0.5, 1.0], 1.0, lam=1.0)  # return minus value
+    assert targets == pytest.approx([3.0, 2.0]) and advantages == pytest.approx([2.5, 1.0])
+    targets, advantages = td_targets([1, 2, 4], [0.5, 1.0, 3.0], 0.5, lam=0.5)
+    # deltas 1 + .5 - .5 = 1, 2 + 1.5 - 1 = 2.5, 4 - 3 = 1; A = 1 + .25 (2.5 + .25), 2.5 + .25, 1
+    assert advantages == pytest.approx([1.6875, 2.75, 1.0]) and targets == pytest.approx([2.1875, 3.75, 4.0])
+    assert td_targets([], [], 0.9) == ([], [])
+
+
+def test_td_targets_with_lam_one_are_discounted_returns():
+    rng = random.Random(0)
+    rewards, values = [rng.gauss(0, 1) for _ in range(5)], [rng.gauss(0, 1) for _ in range(5)]
+    targets, advantages = td_targets(rewards, values, 0.9, lam=1.0)
+    for t in range(5):
+        ret = sum(0.9 ** k * reward for k, reward in enumerate(rewards[t:]))
+        assert targets[t] == pytest.approx(ret) and advantages[t] == pytest.approx(ret - values[t])
+
+
+def test_a_joint_history_holds_everything_once():
+    task = get_task("strbuild")
+    histories = [[{"role": "system", "content": task.instructions(agent)}, {"role": "user", "content": f"Build I with {agent}."},
+                  {"role": "assistant", "content": f"answer {agent}\n"}, {"role": "user", "content": "same for both"}]
+                 for agent in range(2)]
+    joint = critic_messages(histories)
+    assert [message["role"] for message in joint] == ["user", "assistant", "user"]
+    text = "\n".join(message["content"] for message in joint)
+    assert all(text.count(part) == 1 for part in
+               ["Build I with 0.", "Build I with 1.", "answer 0", "answer 1", "same for both"])
+    alone = critic_messages(histories[1:])
+    assert "answer 0" not in str(alone) and "answer 1" in str(alone)
+
+
+def test_a_critic_keeps_the_newest_tokens_and_counts_what_it_cut(folder):
+    lm = LanguageModel(folder, rank=4)
+    history = [[{"role": "user", "content": "Build ICML with stone."}, {"role": "assistant", "content": "/setblock 0 0 0 stone\n" * 9},
+                {"role": "user", "content": "Turn 2 of 4."}]]
+    whole, short = Critic(lm, "critic", 2, 1000), Critic(lm, "other", 2, 12)
+    ids = whole.input_ids(history)
+    assert whole.truncated == 0 and len(ids) > 12
+    assert short.input_ids(history) == ids[-12:] and short.truncated == 1
+    short.input_ids([[{"role": "user", "content": "I"}]])
+    assert short.truncated == 1
+
+
+def test_values_ignore_padding_and_start_at_the_average_return_of_the_turn(folder):
+    lm = LanguageModel(folder, rank=4)
+    critic, inputs, turns = Critic(lm, "critic", 3, 1000), prompts_of(lm, 5), [0, 1, 0, 1, 2]
+    critic.set_scale(0, [1.0, 3.0])
+    critic.set_scale(1, [-4.0])
+    assert torch.allclose(critic(inputs, turns), torch.tensor([2.0, -4.0, 2.0, -4.0, 0.0]))
+    torch.manual_seed(0)
+    critic.head.weight.data.normal_()
+    together = critic(inputs, turns)
+    alone = torch.cat([critic([ids], [turn]) for ids, turn in zip(inputs, turns)])
+    assert together.shape == (5,) and torch.allclose(together, alone, atol=1e-4)
+    together.sum().backward()
+    assert all(p.grad is not None for p in critic.adapter) and critic.head.weight.grad.abs().sum() > 0
+    state = critic.state_dict()
+    assert not any("lora" in key for key in state)  # the adapter is saved as an adapter
+    fresh = Critic(LanguageModel(folder, rank=4), "critic", 3, 1000)
+    fresh.load_state_dict(state)
+    fresh.lm[0].load_adapter_state(lm.adapter_state())
+    assert torch.equal(fresh(inputs, turns), together)
+
+
+# --- what is no model -------------------------------------------------------------------------------------------------
+
+def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
+    model.check_model("tiny")
+    model.check_model(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "file").write_text("")
+    for name in [str(tmp_path / "empty"), str(tmp_path / "config"), str(tmp_path / "file"), "no/such-model", str(tmp_path / "no")]:
+        with pytest.raises(ValueError) as error:
+            model.check_model(name)
+        assert name in str(error.value) and "\n" not in str(error.value)

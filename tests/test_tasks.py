@@ -1,0 +1,232 @@
+"""Tasks: what is trained on and what is held out, what an agent may see, and what is said of a broken file."""
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minecraft_sim as sim
+import tasks
+from tasks import Episode, Turn, get_task, history
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def turn_of(task, item, responses, turn=0):
+    """A turn as an episode holds it, without what only a language model can add."""
+    return Turn(prompts=None, tokens=None, logps=None, responses=responses,
+                outcome=task.judge(item, responses, turn), critic_inputs=None)
+
+
+def strings(items):
+    return [item["string"] for item in items]
+
+
+# --- the worked example in the header of tasks.py ---------------------------------------------------------------------
+
+def test_worked_example():
+    task, item = get_task("strbuild"), {"string": "I"}
+    for agent, blocks in enumerate(["oak_planks stone", "white_concrete obsidian"]):
+        assert blocks in task.observation(item, agent) and task.observation(item, agent) in tasks.__doc__
+    responses = ["/setblock 0 4 0 oak_planks\n/setblock 2 4 0 stone", "/setblock 1 4 0 obsidian\n/setblock 1 0 0 white_concrete"]
+    assert all(line in tasks.__doc__ for response in responses for line in response.split("\n"))
+    outcome = task.judge(item, responses, 0)
+    assert outcome.reward == pytest.approx(2 * 4 / 13 - 2) and outcome.score == pytest.approx(100 * 4 / 13)
+    assert {"4/13", "0.615", "-1.385", "30.8"} <= set(re.findall(r"-?\d+[./]\d+", tasks.__doc__))
+    assert outcome.parts["adjacent_same_ratio"] == 0 and outcome.parts["missing_palettes"] == 0
+    assert not outcome.done and len(outcome.feedback) == 2
+
+
+# --- items ------------------------------------------------------------------------------------------------------------
+
+def beginnings(task, items):
+    """How a conversation about each item begins, whoever is spoken to: {text: string}."""
+    return {os.path.commonprefix([task.observation(item, agent) for agent in range(task.num_agents)]): item["string"]
+            for item in items}
+
+
+def begins(conversation, texts):
+    """The texts among these with which the conversation's first message begins."""
+    return [text for text in texts if conversation[0]["content"].startswith(text)]
+
+
+def test_held_out_strings_are_in_no_training_item_and_no_demonstration():
+    task = get_task("strbuild")
+    train, held_out = set(strings(task.train_items)), set(strings(task.eval_items))
+    assert not train & held_out and {"ICML", "CLIM"} <= held_out and len(held_out) >= 16 and len(train) >= 1000
+    assert len(held_out) == len(task.eval_items), "a held-out string counts twice"
+    assert {len(string) for string in train} == {1, 2, 3, 4}
+    rng = random.Random(1)
+    shown, short = beginnings(task, task.eval_items), beginnings(task, [i for i in task.train_items if len(i["string"]) < 3])
+    assert len(shown) == len(held_out) and begins([{"content": task.observation({"string": "ICML"}, 1)}], shown)
+    conversations = [task.demonstration(rng) for _ in range(2000)]
+    assert not any(begins(conversation, shown) for conversation in conversations)
+    assert sum(bool(begins(conversation, short)) for conversation in conversations) > 500  # so it would have been seen
+
+
+def test_items_are_the_same_every_time():
+    one, two = get_task("strbuild"), get_task("strbuild", num_agents=1, num_turns=1, feedback="score")
+    assert one.train_items == two.train_items and one.eval_items == two.eval_items
+
+
+def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
+    """Accepted commands, in the blocks that were given, and on the letters more often than not."""
+    task, rng, accepted, rejected, scores = get_task("strbuild"), random.Random(2), 0, 0, []
+    known = beginnings(task, [item for item in task.train_items if len(item["string"]) < 3])
+    for _ in range(400):
+        conversation = task.demonstration(rng)
+        assert [message["role"] for message in conversation] == ["user", "assistant"] * 2
+        for string in [known[text] for text in begins(conversation, known)]:
+            answer, rows = conversation[3]["content"], sim.string_target(string)
+            _, good, bad = sim.strbuild_world(rows, [answer], [sum(sim.PALETTES, [])])
+            accepted, rejected = accepted + len(good[0]), rejected + len(bad[0])
+            assert all(block in conversation[0]["content"] for _, block in good[0])
+            scores.append(sim.strbuild_score(rows, [answer], [sum(sim.PALETTES, [])])["iou"])
+    assert accepted > 20 * rejected and 0.2 < sum(scores) / len(scores) < 0.7
+
+
+@pytest.mark.parametrize("num_agents", [1, 2])
+@pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
+def test_a_demonstration_reads_like_an_episode(num_agents, feedback):
+    """Its first message is what some agent is shown, its third one what judge() says of some answer."""
+    task = get_task("strbuild", num_agents=num_agents, feedback=feedback)
+    def form(text):  # the text with its numbers, strings and blocks taken out
+        text = re.sub(r"(Build) .* (with) .*\.$", r"\1 S \2 B.", text)
+        return re.sub(r"-?\d+(\.\d+)?( -?\d+)*", "N", text).replace("none", "N")
+    item = {"string": "I"}
+    told = task.judge(item, ["/setblock 0 0 0 stone\n/setblock 0 1 0 stone"] * num_agents, 0).feedback
+    rng = random.Random(3)
+    demonstrations = [task.demonstration(rng) for _ in range(200)]
+    assert {form(d[0]["content"]) for d in demonstrations} == {form(task.observation(item, 0))}
+    assert form(told[0]) in {form(d[2]["content"]) for d in demonstrations}
+
+
+# --- what an agent sees -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
+def test_a_history_holds_nothing_of_the_other_agent(feedback):
+    task, item = get_task("strbuild", feedback=feedback), {"string": "IC"}
+    episode = Episode(item)
+    # four answers that nothing else can be mistaken for; agent 1 places blocks where nobody wants them
+    answers = [["/setblock 0 4 0 oak_planks #ONE", "/setblock 1 1 0 obsidian #TWO"],
+               ["/setblock 4 4 0 stone #THREE", "/setblock 3 3 0 white_concrete #FOUR"]]
+    for t in range(3):
+        seen = [json.dumps(history(task, episode, agent)) for agent in range(2)]
+        for agent in range(2):
+            assert all(block in seen[agent] for block in task.palettes[agent])
+            assert not any(block in seen[agent] for block in task.palettes[1 - agent])
+            assert len(history(task, episode, agent)) == (4 if t else 2)
+            for earlier in range(t):  # only the agent's own answers, and of these only the last
+                word = answers[earlier][agent].split("#")[1]
+                assert (word in seen[agent]) == (earlier == t - 1)
+                assert answers[earlier][1 - agent].split("#")[1] not in seen[agent]
+        if t < 2:
+            episode.turns.append(turn_of(task, item, answers[t], t))
+    if feedback == "perfect":  # its own wrong cells, not the other's
+        told = task.judge(item, answers[0], 0).feedback
+        assert "1 1 0" in told[1] and "1 1 0" not in told[0]
+    if feedback == "position":
+        told = task.judge(item, answers[0], 0).feedback[0]
+        assert all("%d %d %d" % cell in told for cell in sim.target_cells(sim.string_target("IC")))
+
+
+def test_an_agents_history_is_the_same_whatever_the_other_one_writes():
+    """With position feedback nothing of agent 1 reaches agent 0, not even through the reward."""
+    task, item = get_task("strbuild"), {"string": "LI"}
+    one, two = Episode(item), Episode(item)
+    one.turns.append(turn_of(task, item, ["/setblock 0 0 0 stone", "nothing"]))
+    two.turns.append(turn_of(task, item, ["/setblock 0 0 0 stone", "/setblock 0 1 0 obsidian"]))
+    assert history(task, one, 0) == history(task, two, 0) and history(task, one, 1) != history(task, two, 1)
+
+
+# --- what an answer is worth ------------------------------------------------------------------------------------------
+
+def test_a_perfect_team_is_done_and_a_silent_one_is_not():
+    task = get_task("strbuild")
+    for item in task.eval_items[:8]:
+        outcome = task.judge(item, sim.scripted_builders(sim.string_target(item["string"])), 0)
+        assert outcome.done and outcome.score == 100 and outcome.reward == pytest.approx(0)
+    silent = task.judge({"string": "ICML"}, ["", "\0 ``` /setblock"], 3)
+    assert not silent.done and silent.score == 0 and silent.reward == pytest.approx(-2.5)
+
+
+def test_a_single_agent_owns_every_block():
+    task = get_task("strbuild", num_agents=1)
+    answer = "\n".join(sim.scripted_builders(sim.string_target("ICML")))
+    outcome = task.judge({"string": "ICML"}, [answer], 0)
+    assert outcome.reward == pytest.approx(0) and outcome.done and len(outcome.feedback) == 1
+
+
+def test_the_feedback_says_which_turn_comes_next():
+    task = get_task("strbuild", num_turns=3)
+    told = [task.judge({"string": "I"}, ["", ""], turn).feedback[0] for turn in range(2)]
+    assert "2 of 3" in told[0] and "3 of 3" in told[1]
+
+
+# --- a person's own file, and options that make no sense --------------------------------------------------------------
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"string": "cat"}\n\n{"string": "DOG", "split": "train", "note": 1}\n{"string": "Cow", "split": "eval"}\n')
+    task = get_task("strbuild", data=str(path))
+    assert strings(task.train_items) == ["CAT", "DOG"] and strings(task.eval_items) == ["COW"]
+    path.write_text('{"string": "ICML"}\n')  # held out by default, but now a person trains on it
+    task = get_task("strbuild", data=str(path))
+    assert strings(task.train_items) == ["ICML"]
+    assert "ICML" not in strings(task.eval_items) and "CLIM" in strings(task.eval_items)
+
+
+@pytest.mark.parametrize("lines, said", [
+    (['{"string": "CAT"}', '{"string": "DOG"'], "line 2"),                            # not JSON
+    (['{"string": "CAT"}', '', '["DOG"]'], "line 3"),                                 # blank lines count
+    (['{"text": "CAT"}'], "line 1"),
+    (['{"string": 5}'], "line 1"),
+    (['{"string": "CAT"}', '{"string": "D?G"}'], r"line 2.*'\?'"),                    # no shape
+    (['{"string": ""}'], "line 1"),
+    (['{"string": "CAT", "split": "test"}'], "line 1"),
+    (['{"string": "CAT", "split": ["eval"]}'], "line 1"),
+    (['{"string": "CAT"}', '{"string": "cat", "split": "eval"}'], "CAT"),             # in both
+    (['{"string": "CAT", "split": "eval"}'], "no training line"),
+    ([''], "no training line"),
+    (["[" * 100_000], "line 1"),
+    (["9" * 5000], "line 1"),
+])
+def test_a_broken_file_is_named_with_its_line(tmp_path, lines, said):
+    path = tmp_path / "words.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=said) as error:
+        get_task("strbuild", data=str(path))
+    assert "words.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / "words.jsonl"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="words.jsonl"):
+        get_task("strbuild", data=str(path))
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("chess", {}, "chess.*strbuild"), ("strbuild", {"num_turns": 0}, "num_turns"), ("strbuild", {"num_turns": -1}, "num_turns"),
+    ("strbuild", {"num_agents": 3}, "3"), ("strbuild", {"num_agents": 0}, "0"), ("strbuild", {"feedback": "praise"}, "praise"),
+    ("strbuild", {"data": "hub"}, "hub"),
+])
+def test_options_that_make_no_sense(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        get_task(name, **options)
+
+
+def test_the_script_shows_an_item():
+    def run(*arguments):
+        return subprocess.run([sys.executable, "tasks.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    shown = run("--task", "strbuild", "--seed", "3")
+    assert shown.returncode == 0 and "training reward" in shown.stdout and "/setblock" in shown.stdout
+    assert run("--task", "strbuild", "--seed", "3").stdout == shown.stdout != run("--seed", "4").stdout
+    wrong = run("--task", "chess")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout

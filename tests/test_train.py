@@ -1,0 +1,335 @@
+"""Training runs of seconds: the same seed, interruption, killing, micro-batches and what a person can get wrong."""
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from model import LanguageModel
+
+SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4]
+FILES = {"config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", "critic"}
+
+
+@pytest.fixture(scope="session")
+def data(workplace):
+    path = workplace.folder / "words.jsonl"
+    lines = [{"string": word} for word in ["I", "L", "T", "MC", "1"]] + [{"string": "IC", "split": "eval"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def train(workplace, data):
+    """train("name", "--steps", 2, ...) is a run in out_dir "name" that has to succeed; returns its folder."""
+    def train(name, *arguments, code=0):
+        run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", name, *arguments)
+        assert run.code == code, run.err + run.out
+        return workplace.folder / name
+    return train
+
+
+@pytest.fixture(scope="session")
+def four_steps(workplace, data):
+    """The run that others are compared with; nobody writes into it."""
+    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--steps", 4)
+    assert run.code == 0, run.err
+    return workplace.folder / "four"
+
+
+def log_of(folder):
+    """log.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+    clock = ("wall_s", "time/", "memory", "joint_actions_per_s", "tokens_per_s")
+    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+
+
+def train_lines(folder):
+    return [line for line in log_of(folder) if "train/reward" in line]
+
+
+def weights_of(folder):
+    return {f"{name}/{key}": value for name in ("agent_0", "agent_1", "critic")
+            for key, value in load_file(folder / name / "adapter_model.safetensors").items()}
+
+
+def same_weights(one, two):
+    one, two = weights_of(one), weights_of(two)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+def test_a_run_writes_what_it_promises(four_steps, workplace):
+    assert FILES == set(os.listdir(four_steps))
+    config = json.loads((four_steps / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["seed"] == 0 and config["versions"]["torch"].startswith("2.")
+    lines = log_of(four_steps)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4] and [line["step"] for line in train_lines(four_steps)] == [1, 2, 3, 4]
+    assert "eval/score" in lines[0] and "eval/score" in lines[-1] and lines[0]["joint_actions"] == 0
+    assert lines[-1]["episodes"] == 16 and 16 < lines[-1]["joint_actions"] <= 32
+    assert len({line["train/reward"] for line in train_lines(four_steps)}) > 1, "the base is too bad for these tests"
+    assert all(line["policy/grad_norm"] > 0 and line["loss/value"] > 0 for line in train_lines(four_steps))
+    for line in train_lines(four_steps):
+        assert {"episodes", "tokens", "train/return", "train/score", "train/turns", "train/response_tokens",
+                "train/truncated", "loss/policy", "value/explained_variance", "policy/entropy"} <= line.keys()
+    assert "oak_planks" in (four_steps / "samples.txt").read_text()
+    # the agents have moved, each in its own direction, and the base has not
+    weights = weights_of(four_steps)
+    moved = [{key: value for key, value in weights.items() if key.startswith(name) and "lora_B" in key}
+             for name in ("agent_0", "agent_1", "critic")]
+    assert all(any(value.abs().max() > 0 for value in group.values()) for group in moved)
+    assert not all(torch.equal(value, weights[key.replace("agent_0", "agent_1")]) for key, value in moved[0].items())
+
+
+def test_peft_reads_the_trained_agents(four_steps, workplace):
+    lm = LanguageModel(workplace.tiny)
+    lm.add_adapter("agent_1", str(four_steps / "agent_1"))
+    prompt, answer = lm.render([{"role": "user", "content": "Build I with white_concrete obsidian."}]), [5, 6, 300, lm.end]
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workplace.tiny), four_steps / "agent_1")
+    with torch.no_grad():
+        logp = peft(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    ours, _ = lm.logprobs(["agent_1"], [prompt], [answer])
+    assert torch.allclose(ours, torch.stack([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)]), atol=1e-5)
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, four_steps):
+    again = train("again", "--steps", 4)
+    assert log_of(again) == log_of(four_steps) and same_weights(again, four_steps)
+    other = train("other", "--steps", 2, "--seed", 1)
+    assert train_lines(other)[0]["loss/value"] != train_lines(four_steps)[0]["loss/value"]
+
+
+def test_two_steps_and_two_more_are_four_bit_for_bit(train, four_steps):
+    folder = train("two", "--steps", 2)
+    assert not same_weights(folder, four_steps)
+    assert train("two", "--steps", 4, "--resume") == folder
+    assert train_lines(folder) == train_lines(four_steps) and log_of(folder)[-1] == log_of(four_steps)[-1]
+    assert same_weights(folder, four_steps)
+    ours, theirs = (torch.load(path / "train_state.pt", weights_only=False) for path in (folder, four_steps))
+    assert ours["rng"] == theirs["rng"] and torch.equal(ours["generator"], theirs["generator"])
+
+
+def test_a_counter_goes_on_after_a_resume(train):
+    whole = train("cut", "--steps", 2, "--critic_tokens", 8)
+    train("cut-twice", "--steps", 1, "--critic_tokens", 8)
+    assert train_lines(train("cut-twice", "--steps", 2, "--critic_tokens", 8, "--resume"))[-1] == train_lines(whole)[-1]
+
+
+def test_micro_batches_change_memory_but_not_the_gradient(train):
+    """One optimizer step: Adam's first moment is the (clipped) gradient itself."""
+    gradients, norms = [], []
+    for size in (1, 2, 8):
+        folder = train(f"micro-{size}", "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", size)
+        state = torch.load(folder / "train_state.pt", weights_only=False)
+        gradients.append([torch.cat([moment["exp_avg"].flatten() for moment in state[name]["state"].values()])
+                          for name in ("actor_optimizer", "critic_optimizer")])
+        norms.append(train_lines(folder)[0]["policy/grad_norm"])
+    for one in gradients[1:]:
+        for ours, theirs in zip(one, gradients[0]):
+            assert ours.norm() > 0 and (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def test_logged_numbers_do_not_depend_on_micro_batches(train):
+    """Means over the step's answers or tokens, not means of the means of unequal micro-batches."""
+    lines = [train_lines(train(f"logged-{size}", "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", size))[0]
+             for size in (3, 64)]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-3)
+
+
+# --- interrupted and killed -------------------------------------------------------------------------------------------
+
+def wait_for(run, path, text, timeout=60):
+    """Until text stands in the file at path."""
+    started = time.time()
+    while not (path.exists() and text in path.read_text()):
+        assert run.process.is_alive(), run.err.read_text()
+        assert time.time() - started < timeout, f"{text!r} did not come"
+        time.sleep(0.01)
+
+
+def resume_and_compare(train, folder, four_steps, *arguments):
+    """Continue a run to step 4 at least: its first four steps are those of a run that nobody disturbed."""
+    steps = max([4] + [line["step"] for line in train_lines(folder)])
+    train(folder.name, "--steps", steps, "--resume", *arguments)
+    assert train_lines(folder)[:4] == train_lines(four_steps)
+    assert [line["step"] for line in train_lines(folder)] == list(range(1, steps + 1))
+    assert steps > 4 or same_weights(folder, four_steps)
+    assert set(os.listdir(folder)) == FILES
+
+
+def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps):
+    folder = workplace.folder / "interrupted"
+    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", "interrupted", "--steps", 99, "--save_every", 99)
+    wait_for(run, folder / "log.jsonl", "train/reward")
+    os.kill(run.process.pid, signal.SIGINT)
+    run.process.join(60)
+    assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
+    assert "--resume" in run.out.read_text().splitlines()[-1]
+    step = train_lines(folder)[-1]["step"]
+    assert torch.load(folder / "train_state.pt", weights_only=False)["progress"]["step"] == step < 99
+    resume_and_compare(train, folder, four_steps, "--save_every", 99)
+
+
+@pytest.mark.parametrize("save_every, last_words", [(99, '"step": 1'), (2, '"step": 3'), (1, '"step": 2')],
+                         ids=["before the first save", "between saves", "while saving"])
+def test_a_killed_run_resumes(workplace, data, train, four_steps, save_every, last_words):
+    folder = workplace.folder / f"killed-{save_every}"
+    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 99,
+                          "--save_every", save_every)
+    wait_for(run, folder / "log.jsonl", last_words)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join(60)
+    assert run.process.exitcode == -signal.SIGKILL
+    with open(folder / "log.jsonl", "a") as file:  # what may have been half written at that moment
+        file.write('{"step": 3, "train/rew')
+    (folder / "train_state.pt.part").write_bytes(b"half")
+    (folder / ".saving-left").mkdir()
+    resume_and_compare(train, folder, four_steps, "--save_every", save_every)
+
+
+def test_a_finished_run_can_be_resumed_without_harm(train, four_steps, workplace):
+    folder = workplace.folder / "finished"
+    shutil.copytree(four_steps, folder)
+    train("finished", "--steps", 4, "--resume")
+    assert same_weights(folder, four_steps) and train_lines(folder) == train_lines(four_steps)
+
+
+def test_a_run_killed_in_its_last_save_gets_its_agents(train, four_steps, workplace):
+    """The state is written before the adapters are; a run that has no step left must still write them."""
+    folder = workplace.folder / "last-save"
+    shutil.copytree(four_steps, folder)
+    shutil.rmtree(folder / "agent_1")
+    train("last-save", "--steps", 4, "--resume")
+    assert same_weights(folder, four_steps)
+
+
+def test_a_run_killed_in_its_first_write_can_be_started_again(train, workplace):
+    (workplace.folder / "first-write").mkdir()
+    (workplace.folder / "first-write" / "config.json.part").write_text('{"mod')
+    train("first-write", "--steps", 0)
+
+
+def test_a_tiny_base_that_was_never_finished_trips_nobody(workplace, tmp_path):
+    """What a killed build leaves is neither used nor in the way."""
+    (tmp_path / "out" / ".tiny-left" / "model").mkdir(parents=True)
+    (tmp_path / "out" / ".tiny-left" / "model" / "config.json").write_text('{"model_')
+    run = workplace.start("train_cc.py", *SMALL, folder=tmp_path)
+    wait_for(run, run.err, "/1000")  # it builds; that takes too long for a test
+    assert not (tmp_path / "out" / "tiny-strbuild").exists()
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join(60)
+    assert not (tmp_path / "out" / "tiny-strbuild").exists() and not (tmp_path / "out" / "cc-strbuild").exists()
+    shutil.copytree(workplace.tiny, tmp_path / "out" / "tiny-strbuild")
+    assert workplace.run("train_cc.py", *SMALL, "--steps", 0, folder=tmp_path).code == 0
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, four_steps):
+    before = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
+    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only")
+    assert run.code == 0, run.err
+    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
+    last = log_of(four_steps)[-1]
+    assert f"eval step 4 | score {last['eval/score']:.1f} | reward {last['eval/reward']:.3f}" in run.out
+    raw = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "nothing", "--eval_only")
+    first = log_of(four_steps)[0]
+    assert f"eval step 0 | score {first['eval/score']:.1f} | reward {first['eval/reward']:.3f}" in raw.out
+    assert not (workplace.folder / "nothing").exists()
+
+
+def test_eval_only_with_fewer_turns(workplace, data, four_steps):
+    """A question that one may ask of a trained team: how good is its first answer?"""
+    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
+    assert run.code == 0, run.err
+    assert "turns 1.00" in run.out
+
+
+def test_overwrite_starts_afresh(train, four_steps, workplace):
+    folder = workplace.folder / "over"
+    shutil.copytree(four_steps, folder)
+    train("over", "--steps", 1, "--overwrite", "--seed", 1)
+    assert [line["step"] for line in log_of(folder)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--num_agents", 1], ["--num_turns", 1], ["--lam", 1, "--gamma", 1], ["--batch_size", 1, "--num_turns", 1],
+    ["--feedback", "perfect", "--temperature", 0.7, "--top_p", 0.9], ["--critic_tokens", 8, "--minibatches", 3]],
+    ids=lambda arguments: " ".join(map(str, arguments)))
+def test_a_step_with_other_settings(train, arguments):
+    folder = train("other-" + "".join(map(str, arguments)).replace("-", ""), "--steps", 1, *arguments)
+    line = train_lines(folder)[0]
+    assert line["step"] == 1 and all(value == value for value in line.values())
+    assert (line["critic/truncated"] > 0) == ("--critic_tokens" in arguments)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--task", "chess"], ["chess", "strbuild"]),
+    (["--model", "empty"], ["empty", "model"]),
+    (["--model", "no/such-model"], ["no/such-model"]),
+    (["--data", "broken.jsonl"], ["broken.jsonl", "line 2"]),
+    (["--data", "shapeless.jsonl"], ["shapeless.jsonl", "line 1", "'?'"]),
+    (["--data", "missing.jsonl"], ["missing.jsonl"]),
+    (["--num_turns", 0], ["num_turns"]),
+    (["--num_agents", 0], ["num_agents"]),
+    (["--batch_size", 0], ["batch_size"]),
+    (["--max_new_tokens", -1], ["max_new_tokens"]),
+    (["--temperature", 0], ["temperature"]),
+    (["--gamma", 1.5], ["gamma"]),
+    (["--device", "cuda"], ["cuda"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--out_dir", "four"], ["four", "--resume", "--overwrite"]),
+    (["--out_dir", "four", "--resume", "--lr", 0.5, "--batch_size", 3], ["lr", "0.5", "batch_size"]),
+    (["--out_dir", "never", "--resume"], ["never"]),
+    (["--out_dir", "full"], ["full"]),
+    (["--out_dir", "a-model", "--overwrite"], ["a-model"]),  # a config.json alone does not make it a run
+    (["--out_dir", "four", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
+], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
+def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, four_steps, arguments, said):
+    files = workplace.folder
+    (files / "empty").mkdir(exist_ok=True)
+    (files / "full").mkdir(exist_ok=True)
+    (files / "full" / "thesis.txt").write_text("mine")
+    shutil.copytree(workplace.tiny, files / "a-model", dirs_exist_ok=True)
+    (files / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
+    (files / "shapeless.jsonl").write_text('{"string": "D?G"}\n')
+    kept = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
+    new = "new" + "".join(map(str, arguments)).replace("/", "-")
+    out_dir = [] if "--out_dir" in arguments else ["--out_dir", new]
+    run = workplace.run("train_cc.py", *SMALL, *out_dir, *arguments)
+    assert run.code == 2, run.err + run.out
+    assert run.err.count("\n") == 1 and all(word in run.err for word in said), run.err
+    assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
+    assert os.path.exists(files / "a-model" / "model.safetensors")
+    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
+
+
+# --- the trained team at work -----------------------------------------------------------------------------------------
+
+def test_play(workplace, four_steps):
+    run = workplace.run("model.py", "four", "--string", "li")
+    assert run.code == 0, run.err
+    assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
+
+
+def test_play_with_nothing_to_play(workplace, four_steps):
+    for arguments, said in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"), ([workplace.tiny], "tiny-strbuild")]:
+        run = workplace.run("model.py", *arguments)
+        assert run.code == 2 and run.err.count("\n") == 1 and said in run.err, run.err
+
+
+def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
+    shutil.copytree(four_steps, workplace.folder / "maimed")
+    shutil.rmtree(workplace.folder / "maimed" / "agent_1")
+    run = workplace.run("model.py", "maimed", timeout=60)
+    assert run.code not in (0, None) and "agent_1" in run.err

@@ -1,0 +1,403 @@
+"""
+CoLLM-CC: n language models learn to work together without talking, with one centralized critic.
+
+One step of training, in the symbols of arXiv 2601.21972:
+ 1. Play B episodes. At turn t each agent i answers its own history: a_i,t ~ pi_i(. | h_i,t). All get the reward r_t.
+ 2. The critic reads what all agents were shown and wrote, h_t = (h_1,t, ..., h_n,t), and says V(h_t).
+ 3. TD error = advantage of every agent:     A_t = r_t + gamma V(h_t+1) - V(h_t),   V after the last turn is 0.
+ 4. Critic:  minimise  mean (V(h_t) - y_t)^2  with the constant y_t = r_t + gamma V(h_t+1).
+ 5. Actors:  maximise  mean min(rho A, clip(rho) A)  over tokens' ratios rho = pi_i / pi_i at sampling; in the first
+    update of a step rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+After training the critic is thrown away: each agent works with its own adapter and its own history.
+
+What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
+clipped updates per batch instead of one; advantages normalised over the whole step; sampling at temperature 1.
+
+    python train_cc.py --task strbuild                              # CPU, nothing to download
+    python train_cc.py --task strbuild --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # one GPU
+    python model.py out/cc-strbuild                                 # the trained team at work
+"""
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from importlib.metadata import version
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning second thread slows small tensors down
+import torch
+from tqdm import tqdm
+
+from critic import Critic, td_targets
+from model import (LanguageModel, check_model, check_run_folder, dialogue, model_folder, open_run_folder, write_atomic,
+                   write_text)
+from tasks import Episode, Turn, get_task, history
+
+ALGORITHM = "cc"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arguments
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+group = parser.add_argument_group("model")
+group.add_argument("--model", default="tiny", help="tiny (built on first use), or a folder or id of a causal LM")
+group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA adapter (default 16)")
+group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+group = parser.add_argument_group("task")
+group.add_argument("--task", default="strbuild", help="what the team does (default strbuild)")
+group.add_argument("--num_agents", type=int, default=2, help="agents in the team (default 2)")
+group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
+group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
+group.add_argument("--data", default="builtin", help="builtin, or FILE.jsonl with items of your own")
+group = parser.add_argument_group("rollout")
+group.add_argument("--batch_size", type=int, default=24, help="B, episodes per step (default 24)")
+group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
+group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
+group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
+group = parser.add_argument_group("optimisation")
+group.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
+group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
+group.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate of the actors (default 2e-3)")
+group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of the critic (default 2e-3)")
+group.add_argument("--passes", type=int, default=2, help="times the actors see a step's batch (default 2)")
+group.add_argument("--critic_passes", type=int, default=1, help="times the critic sees a step's batch (default 1)")
+group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
+group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
+group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
+group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+group.add_argument("--critic_tokens", type=int, default=2048, help="longest history a critic reads, newest tokens kept")
+group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
+group = parser.add_argument_group("logging")
+group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
+group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations (default 0: first and last)")
+group.add_argument("--save_every", type=int, default=5, help="steps between saves (default 5)")
+group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
+group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
+group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
+group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+args = parser.parse_args()
+
+
+def fail(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:  # everything a person can get wrong is found before anything is built or loaded
+    for name in ["num_agents", "batch_size", "lora_rank", "passes", "critic_passes", "minibatches", "micro_batch",
+                 "save_every", "critic_tokens"]:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}.")
+    for name in ["gamma", "lam"]:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name} must be in 0..1, not {getattr(args, name)}.")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        raise ValueError("temperature must be above 0 and top_p in 0..1.")
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, not {args.device}.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here.")
+    task = get_task(args.task, num_agents=args.num_agents, num_turns=args.num_turns, feedback=args.feedback,
+                    data=args.data)
+    check_model(args.model)
+    args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
+    args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
+    check_run_folder(args)
+except ValueError as error:
+    fail(error)
+if args.wandb:
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs the package: pip install wandb")
+print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# seed, device, output folder
+
+start_time = time.time()
+if args.threads:
+    torch.set_num_threads(args.threads)
+folder = model_folder(args.model, args.task, task)  # builds the tiny base if there is none
+torch.manual_seed(args.seed)
+rng = random.Random(args.seed)  # draws items and minibatches
+generator = torch.Generator().manual_seed(args.seed)  # draws tokens
+if not args.eval_only:
+    open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
+if args.wandb:
+    wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# actors
+
+agents = range(args.num_agents)
+lm = LanguageModel(folder, args.device, args.lora_rank)
+actor_parameters = [p for i in agents for p in lm.add_adapter(f"agent_{i}")]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# critics
+
+critics = [Critic(lm, "critic", args.num_turns, args.critic_tokens)]  # one for the whole team
+reads = [agents]                     # critic k reads the histories of these agents: all of them
+critic_of = [0 for i in agents]      # and this one serves agent i
+critic_parameters = [p for critic in critics for p in [*critic.adapter, *critic.head.parameters()]]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimizers and resume
+
+actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
+critic_optimizer = torch.optim.AdamW(critic_parameters, lr=args.critic_lr, weight_decay=0.0)
+progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0}
+log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
+saved = None
+if (args.resume or args.eval_only) and os.path.exists(state_path):
+    saved = torch.load(state_path, map_location=args.device, weights_only=False)
+    lm.load_adapter_state(saved["adapters"])
+    for critic, state in zip(critics, saved["critics"]):
+        critic.load_state_dict(state)
+    actor_optimizer.load_state_dict(saved["actor_optimizer"])
+    critic_optimizer.load_state_dict(saved["critic_optimizer"])
+    rng.setstate(saved["rng"])
+    generator.set_state(saved["generator"].cpu())
+    progress = saved["progress"]
+    print(f"resuming {args.out_dir} at step {progress['step']}")
+if args.resume and os.path.exists(log_path):  # forget what was logged after the last save
+    with open(log_path) as file:
+        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= progress["step"]]
+    write_text(log_path, "".join(lines if saved else []))
+
+
+def save():
+    """train_state.pt holds all that --resume needs; the adapter folders are what agents need to work."""
+    write_atomic(state_path, lambda path: torch.save({
+        "adapters": lm.adapter_state(), "critics": [critic.state_dict() for critic in critics],
+        "actor_optimizer": actor_optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+        "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}, path))
+    for i in agents:
+        lm.save_adapter(f"agent_{i}", args.out_dir)
+    for critic in critics:
+        lm.save_adapter(critic.name, args.out_dir)
+        write_atomic(os.path.join(args.out_dir, critic.name, "value_head.pt"),
+                     lambda path: torch.save(critic.state_dict(), path))
+
+
+def log(line):
+    with open(log_path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if args.wandb:
+        wandb.log(line, step=line["step"])
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rollout
+
+
+def rollout(items, generator):
+    """Play one episode per item; all agents of all episodes that still run answer a turn in one batch."""
+    episodes = [Episode(item) for item in items]
+    for t in range(args.num_turns):
+        running = [e for e in episodes if not (e.turns and e.turns[-1].outcome.done)]
+        if not running:
+            break
+        histories = [[history(task, e, i) for i in agents] for e in running]
+        rows = [(k, i) for i in agents for k in range(len(running))]  # agent by agent, as lm wants them
+        prompts = [lm.render(histories[k][i]) for k, i in rows]
+        tokens, logps = lm.generate([f"agent_{i}" for _, i in rows], prompts, args.max_new_tokens, generator,
+                                    args.temperature, args.top_p)
+        texts = lm.decode(tokens)
+        for k, e in enumerate(running):
+            mine = slice(k, None, len(running))  # this episode's rows, one per agent
+            e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], texts[mine],
+                                task.judge(e.item, texts[mine], t),
+                                [critic.input_ids([histories[k][i] for i in reads[c]])
+                                 for c, critic in enumerate(critics)]))
+    return episodes
+
+
+def summary(episodes, prefix):
+    """Means over episodes under the names of the log; return is discounted from the first turn."""
+    turns = [turn for e in episodes for turn in e.turns]
+    answers = [tokens for turn in turns for tokens in turn.tokens]
+    last = [e.turns[-1].outcome for e in episodes]
+    numbers = {
+        "return": mean(sum(args.gamma ** t * turn.outcome.reward for t, turn in enumerate(e.turns)) for e in episodes),
+        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
+        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
+        "truncated": mean(tokens[-1] != lm.end for tokens in answers)}
+    if prefix == "eval":
+        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
+                    if not isinstance(number, list) and name not in numbers}
+    return {f"{prefix}/{name}": number for name, number in numbers.items()}
+
+
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / max(1, len(numbers))
+
+
+def micro_batches(rows, length):
+    """Cut rows into micro-batches of like length, so that little of each is padding."""
+    rows = sorted(rows, key=length)
+    return [rows[i:i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# targets and advantages
+
+
+def set_advantages(episodes, first):
+    """Steps 2 and 3 of the header; returns how much of the returns' variance V explains before it is trained on them."""
+    returns = [td_targets([turn.outcome.reward for turn in e.turns], [0.0] * len(e.turns), args.gamma, 1.0)[0]
+               for e in episodes]
+    turns = [(t, turn) for e in episodes for t, turn in enumerate(e.turns)]
+    for turn in (turn for _, turn in turns):
+        turn.values, turn.targets, turn.advantages = [0.0] * len(critics), [0.0] * len(critics), [0.0] * len(agents)
+    for c, critic in enumerate(critics):
+        for t in range(args.num_turns if first else 0):
+            if any(len(ret) > t for ret in returns):
+                critic.set_scale(t, [ret[t] for ret in returns if len(ret) > t])
+        for batch in micro_batches(turns, lambda row: len(row[1].critic_inputs[c])):
+            with torch.no_grad():
+                values = critic([turn.critic_inputs[c] for _, turn in batch], [t for t, _ in batch])
+            for (_, turn), value in zip(batch, values.tolist()):
+                turn.values[c] = value
+    for e in episodes:
+        for c in range(len(critics)):
+            targets, advantages = td_targets([turn.outcome.reward for turn in e.turns],
+                                             [turn.values[c] for turn in e.turns], args.gamma, args.lam)
+            for turn, target, advantage in zip(e.turns, targets, advantages):
+                turn.targets[c] = target
+                for i in agents:
+                    if critic_of[i] == c:
+                        turn.advantages[i] = advantage
+    everything = torch.tensor([turn.advantages for _, turn in turns])  # (turns, agents)
+    center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
+    for _, turn in turns:
+        turn.advantages = [(advantage - center) / spread for advantage in turn.advantages]
+    flat, error = [r for ret in returns for r in ret], []
+    for e, ret in zip(episodes, returns):
+        error += [r - mean(turn.values) for r, turn in zip(ret, e.turns)]
+    return 1 - torch.tensor(error).var().item() / max(1e-9, torch.tensor(flat).var().item())
+
+# ----------------------------------------------------------------------------------------------------------------------
+# update
+
+
+def minibatches(rows):
+    """Shuffle rows and deal them into the minibatches of one pass; each is one optimizer step."""
+    rng.shuffle(rows)
+    size = -(-len(rows) // args.minibatches)
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def update_critics(episodes):
+    """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
+    losses = []
+    for _ in range(args.critic_passes):
+        for c, critic in enumerate(critics):
+            for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
+                for batch in micro_batches(rows, lambda row: len(row[1].critic_inputs[c])):
+                    turns = [t for t, _ in batch]
+                    values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
+                    targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
+                    loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
+                    loss.backward()
+                    losses.append(loss.item() * len(rows) / len(batch))
+                torch.nn.utils.clip_grad_norm_(critic_parameters, args.grad_clip)
+                critic_optimizer.step()
+                critic_optimizer.zero_grad()
+    return {"loss/value": mean(losses)}
+
+
+def update_actors(episodes):
+    """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
+    losses, entropies, norms = [], [], []
+    for _ in range(args.passes):
+        for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
+            for batch in micro_batches(rows, lambda row: len(row[1].prompts[row[0]]) + len(row[1].tokens[row[0]])):
+                batch.sort(key=lambda row: row[0])  # agent by agent, as lm wants them
+                tokens = [turn.tokens[i] for i, turn in batch]
+                logp, entropy = lm.logprobs([f"agent_{i}" for i, _ in batch], [turn.prompts[i] for i, turn in batch],
+                                            tokens, args.temperature)  # (N,), N tokens in all
+                old_logp = torch.tensor([x for i, turn in batch for x in turn.logps[i]], device=args.device)
+                advantage = torch.tensor([turn.advantages[i] for (i, turn), a in zip(batch, tokens) for _ in a],
+                                         device=args.device)
+                ratio = (logp - old_logp).exp()
+                clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
+                loss.backward()
+                losses.append(loss.item() * len(rows) / len(batch))
+                entropies.append(entropy.mean().item())
+            norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, args.grad_clip).item())
+            actor_optimizer.step()
+            actor_optimizer.zero_grad()
+    if not all(norm < float("inf") for norm in norms):
+        raise FloatingPointError("The gradient is not a number; nothing was saved after it. Lower --lr.")
+    return {"loss/policy": mean(losses), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluate
+
+
+def evaluate(show):
+    """Play every held-out item once; `show` whole episodes are printed and all of them go to samples.txt."""
+    started = time.time()
+    episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
+    line = progress | summary(episodes, "eval")
+    if not args.eval_only:
+        log(line)
+        with open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
+            for e in episodes[:4]:
+                file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
+    for e in episodes[:show]:
+        print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
+    print(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
+          f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
+    return line
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training loop
+
+if args.eval_only:
+    evaluate(show=2)
+    sys.exit()
+interrupted = []
+signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+if progress["step"] == 0:
+    evaluate(show=0)  # the untrained team
+bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
+           dynamic_ncols=True)
+for step in bar:
+    t0 = time.time()
+    episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
+    t1 = time.time()
+    stats = {"value/explained_variance": set_advantages(episodes, first=step == 0)}
+    stats |= update_critics(episodes)
+    stats |= update_actors(episodes)
+    t2 = time.time()
+    new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
+    progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes),
+                "joint_actions": progress["joint_actions"] + sum(len(e.turns) for e in episodes),
+                "tokens": progress["tokens"] + new_tokens, "wall_s": progress["wall_s"] + t2 - t0}
+    line = progress | summary(episodes, "train") | stats | {
+        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "critic/truncated": sum(c.truncated for c in critics)}
+    log(line)
+    bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
+                    tok_s=f"{new_tokens / (t1 - t0):.0f}")
+    tqdm.write(f"step {step + 1} | return {line['train/return']:.3f} | score {line['train/score']:.1f} | turns "
+               f"{line['train/turns']:.2f} | tokens {line['train/response_tokens']:.0f} | entropy "
+               f"{line['policy/entropy']:.3f} | value loss {line['loss/value']:.3f} | explained "
+               f"{line['value/explained_variance']:.2f} | grad {line['policy/grad_norm']:.2f} | rollout {t1 - t0:.1f} s "
+               f"| update {t2 - t1:.1f} s | joint actions {line['joint_actions']}")
+    if interrupted or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        save()
+    if interrupted:
+        print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
+        sys.exit(130)
+    if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+        evaluate(show=0)
+evaluate(show=2)
+print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt whole "
+      f"episodes;\n{time.time() - start_time:.0f} s in all. Next: python model.py {args.out_dir}")
