@@ -215,7 +215,7 @@ class StrBuild:
     # the sloppy expert: it knows the letters and has many habits, good and bad, from which RL selects
 
     where = {"all": 3, "even": 2, "odd": 2, "left": 1, "right": 1, "top": 1, "bottom": 1, "first": 2, "last": 2, "row": 3}
-    care = {"careful": 6, "hasty": 2, "shifted": 2}
+    care = {"careful": 5, "hasty": 3, "shifted": 2}
     blocks = {"one": 4, "random": 4, "alternate": 2}
 
     def demonstration(self, rng):

@@ -53,12 +53,12 @@ group.add_argument("--num_turns", type=int, default=None, help="turns per episod
 group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
 group.add_argument("--data", default="builtin", help="builtin, or FILE.jsonl with items of your own")
 group = parser.add_argument_group("rollout")
-group.add_argument("--batch_size", type=int, default=24, help="B, episodes per step (default 24)")
+group.add_argument("--batch_size", type=int, default=16, help="B, episodes per step (default 16)")
 group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+group.add_argument("--steps", type=int, default=45, help="training steps (default 45)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate of the actors (default 2e-3)")
@@ -120,6 +120,7 @@ print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 # seed, device, output folder
 
 start_time = time.time()
+signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
 if args.threads:
     torch.set_num_threads(args.threads)
 folder = model_folder(args.model, args.task, task)  # builds the tiny base if there is none
@@ -316,13 +317,13 @@ def update_actors(episodes):
     losses, entropies, norms = [], [], []
     for _ in range(args.passes):
         for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
-            for batch in micro_batches(rows, lambda row: len(row[1].prompts[row[0]]) + len(row[1].tokens[row[0]])):
-                batch.sort(key=lambda row: row[0])  # agent by agent, as lm wants them
-                tokens = [turn.tokens[i] for i, turn in batch]
-                logp, entropy = lm.logprobs([f"agent_{i}" for i, _ in batch], [turn.prompts[i] for i, turn in batch],
-                                            tokens, args.temperature)  # (N,), N tokens in all
-                old_logp = torch.tensor([x for i, turn in batch for x in turn.logps[i]], device=args.device)
-                advantage = torch.tensor([turn.advantages[i] for (i, turn), a in zip(batch, tokens) for _ in a],
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
+                    [turn for j, turn in rows if j == i], lambda turn: len(turn.prompts[i]) + len(turn.tokens[i]))]:
+                tokens = [turn.tokens[i] for turn in batch]
+                logp, entropy = lm.logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch], tokens,
+                                            args.temperature)  # (N,), N tokens in all
+                old_logp = torch.tensor([x for turn in batch for x in turn.logps[i]], device=args.device)
+                advantage = torch.tensor([turn.advantages[i] for turn, a in zip(batch, tokens) for _ in a],
                                          device=args.device)
                 ratio = (logp - old_logp).exp()
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -334,7 +335,7 @@ def update_actors(episodes):
             actor_optimizer.step()
             actor_optimizer.zero_grad()
     if not all(norm < float("inf") for norm in norms):
-        raise FloatingPointError("The gradient is not a number; nothing was saved after it. Lower --lr.")
+        fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
     return {"loss/policy": mean(losses), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTJConfig,
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen3Config)
 
 import model
 from critic import Critic, critic_messages, td_targets
@@ -16,6 +17,12 @@ SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
            "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
            "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
+# these attend to the last tokens only, or scale or bend their logits after the output layer, or know no fused attention
+PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
+            "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
+            "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
+            "granite": lambda **ids: GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=4.0, **ids),
+            "gptj": lambda **ids: GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, **ids)}
 
 
 @pytest.fixture(scope="session")
@@ -23,20 +30,22 @@ def tokenizers():
     return tiny_tokenizer(get_task("strbuild"), random.Random(0))
 
 
-@pytest.fixture(scope="session", params=CONFIGS)
-def folder(request, tokenizers, tmp_path_factory):
+def make_folder(config, path, tokenizer):
     """A model folder as a person might bring one: random weights, wide enough apart that its answers differ."""
-    path, tokenizer = tmp_path_factory.mktemp(request.param), tokenizers[1]
     torch.manual_seed(0)
-    config = CONFIGS[request.param](vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                                    pad_token_id=tokenizer.pad_token_id)
-    network = AutoModelForCausalLM.from_config(config)
+    network = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), bos_token_id=None,
+                                                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     for p in network.parameters():
         if p.ndim == 2:
             p.data.normal_(0, 0.2)
     network.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def folder(request, tokenizers, tmp_path_factory):
+    return make_folder(CONFIGS[request.param], tmp_path_factory.mktemp(request.param), tokenizers[1])
 
 
 def team(folder, names=("agent_0", "agent_1", "critic")):
@@ -156,6 +165,20 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
     stopped = [answer for answer in tokens if answer[-1] == lm.end]  # stopping is a choice with a log-probability
     assert stopped and all(answer.count(lm.end) == (answer[-1] == lm.end) for answer in tokens)
     assert all(len(answer) == 24 for answer in tokens if answer[-1] != lm.end)  # what was cut has no end token
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_models_with_peculiar_masks_and_logits(name, tokenizers, tmp_path):
+    """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
+    lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0"])
+    prompts = prompts_of(lm, 6)
+    tokens, logps = lm.generate(["agent_0"] * 6, prompts, 24, torch.Generator().manual_seed(0))
+    again, _ = lm.logprobs(["agent_0"] * 6, prompts, tokens)
+    lm.save_adapter("agent_0", str(tmp_path))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_0")
+    plain = torch.cat([plain_logprobs(peft, prompt, answer) for prompt, answer in zip(prompts, tokens)])
+    assert torch.allclose(again, plain, atol=1e-4)
+    assert torch.allclose(torch.tensor([x for logp in logps for x in logp]), plain, atol=1e-4)
 
 
 def test_an_answer_that_is_cut_has_no_end_token(folder):

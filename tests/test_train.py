@@ -30,7 +30,7 @@ def train(workplace, data):
     """train("name", "--steps", 2, ...) is a run in out_dir "name" that has to succeed; returns its folder."""
     def train(name, *arguments, code=0):
         run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", name, *arguments)
-        assert run.code == code, run.err + run.out
+        assert run.code == code, run.err[-2000:]
         return workplace.folder / name
     return train
 
@@ -39,7 +39,7 @@ def train(workplace, data):
 def four_steps(workplace, data):
     """The run that others are compared with; nobody writes into it."""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--steps", 4)
-    assert run.code == 0, run.err
+    assert run.code == 0, run.err[-2000:]
     return workplace.folder / "four"
 
 
@@ -224,7 +224,7 @@ def test_a_tiny_base_that_was_never_finished_trips_nobody(workplace, tmp_path):
     (tmp_path / "out" / ".tiny-left" / "model").mkdir(parents=True)
     (tmp_path / "out" / ".tiny-left" / "model" / "config.json").write_text('{"model_')
     run = workplace.start("train_cc.py", *SMALL, folder=tmp_path)
-    wait_for(run, run.err, "/1000")  # it builds; that takes too long for a test
+    wait_for(run, run.err, "building")  # a minute or two: it is killed long before
     assert not (tmp_path / "out" / "tiny-strbuild").exists()
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.join(60)
@@ -238,7 +238,7 @@ def test_a_tiny_base_that_was_never_finished_trips_nobody(workplace, tmp_path):
 def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, four_steps):
     before = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only")
-    assert run.code == 0, run.err
+    assert run.code == 0, run.err[-2000:]
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
     last = log_of(four_steps)[-1]
     assert f"eval step 4 | score {last['eval/score']:.1f} | reward {last['eval/reward']:.3f}" in run.out
@@ -251,7 +251,7 @@ def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, fou
 def test_eval_only_with_fewer_turns(workplace, data, four_steps):
     """A question that one may ask of a trained team: how good is its first answer?"""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
-    assert run.code == 0, run.err
+    assert run.code == 0, run.err[-2000:]
     assert "turns 1.00" in run.out
 
 
@@ -293,24 +293,26 @@ def test_a_step_with_other_settings(train, arguments):
     (["--out_dir", "never", "--resume"], ["never"]),
     (["--out_dir", "full"], ["full"]),
     (["--out_dir", "a-model", "--overwrite"], ["a-model"]),  # a config.json alone does not make it a run
-    (["--out_dir", "four", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
+    (["--out_dir", "a-copy", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
-def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, four_steps, arguments, said):
+def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, said):
     files = workplace.folder
     (files / "empty").mkdir(exist_ok=True)
     (files / "full").mkdir(exist_ok=True)
     (files / "full" / "thesis.txt").write_text("mine")
     shutil.copytree(workplace.tiny, files / "a-model", dirs_exist_ok=True)
+    shutil.copytree(four_steps, files / "a-copy", dirs_exist_ok=True)
     (files / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
     (files / "shapeless.jsonl").write_text('{"string": "D?G"}\n')
     kept = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
     new = "new" + "".join(map(str, arguments)).replace("/", "-")
     out_dir = [] if "--out_dir" in arguments else ["--out_dir", new]
-    run = workplace.run("train_cc.py", *SMALL, *out_dir, *arguments)
-    assert run.code == 2, run.err + run.out
-    assert run.err.count("\n") == 1 and all(word in run.err for word in said), run.err
+    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--steps", 0, *out_dir, *arguments)
+    assert run.code == 2, run.err[-2000:]
+    assert run.err.count("\n") == 1, run.err
+    assert [word for word in said if word not in run.err] == []
     assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
-    assert os.path.exists(files / "a-model" / "model.safetensors")
+    assert os.path.exists(files / "a-model" / "model.safetensors") and os.path.exists(files / "a-copy" / "agent_0")
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
 
 
@@ -318,7 +320,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, four_steps, a
 
 def test_play(workplace, four_steps):
     run = workplace.run("model.py", "four", "--string", "li")
-    assert run.code == 0, run.err
+    assert run.code == 0, run.err[-2000:]
     assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
 
 
@@ -331,5 +333,5 @@ def test_play_with_nothing_to_play(workplace, four_steps):
 def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
     shutil.copytree(four_steps, workplace.folder / "maimed")
     shutil.rmtree(workplace.folder / "maimed" / "agent_1")
-    run = workplace.run("model.py", "maimed", timeout=60)
+    run = workplace.run("model.py", "maimed", timeout=50)
     assert run.code not in (0, None) and "agent_1" in run.err
