@@ -11,6 +11,7 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
 import argparse
 import base64
 import collections
+import contextlib
 import glob
 import itertools
 import json
@@ -24,7 +25,6 @@ import sys
 import tempfile
 import types
 import warnings
-from contextlib import contextmanager
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import regex
@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
-from tasks import Episode, Turn, get_task, history
+from tasks import Episode, Turn, dialogue, get_task, history
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def tiny_tokenizer(task, rng):
                                              chat_template=TEMPLATE)
 
 
-def build_tiny(task, folder, steps=1500, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=1300, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX (Pythia's architecture) because its fused query-key-value and plain MLP make it the fastest of the standard
@@ -211,6 +211,11 @@ class LanguageModel:
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.end = self.tokenizer.eos_token_id
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
+        config = self.causal_lm.config
+        self.softcap, self.logits_scaling = (getattr(config, name, None) for name in (
+            "final_logit_softcapping", "logits_scaling"))  # Gemma 2, Granite
+        # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
+        self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
 
@@ -260,7 +265,7 @@ class LanguageModel:
             out.append(base)
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    @contextmanager
+    @contextlib.contextmanager
     def rows(self, names):
         self.groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
         yield
@@ -269,7 +274,8 @@ class LanguageModel:
     @torch.no_grad()
     def fold(self, names):
         """While sampling, use one matrix per adapter instead of three; for small models only, it copies the base."""
-        small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7 and None not in names
+        small = (sum(p.numel() for p in self.causal_lm.parameters()) < 2e7 and None not in names
+                 and all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers()))
         self.folded = {name: {layer: layer.base_layer.weight + layer.get_delta_weight(name)
                               for layer in self.lora_layers()} for name in dict.fromkeys(names)} if small else {}
 
@@ -303,7 +309,7 @@ class LanguageModel:
         alive = torch.ones(B, dtype=torch.bool, device=device)
         self.fold(names)
         for t in range(max_new_tokens):
-            attend = mask[:, :P] if t == 0 else mask[:, None, None, :P + t]  # 4D goes to the kernel as it is
+            attend = mask[:, None, None, :P + t] if t and self.kernel_mask else mask[:, :P + t]
             with self.rows(names):
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
                                         past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
@@ -349,8 +355,11 @@ class LanguageModel:
         predicts = torch.tensor([b * T + len(p) - 1 + i for b, (p, t) in enumerate(zip(prompts, tokens))
                                  for i in range(len(t))], device=self.device)  # (N,)
         sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
-        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[predicts]).float() / temperature  # (N, V)
-        logp = logits.log_softmax(-1)
+        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[predicts]).float()  # (N, V)
+        logits = logits / (self.logits_scaling or 1.0)
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        logp = (logits / temperature).log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, sampled[:, None])[:, 0], entropy
 
@@ -390,24 +399,31 @@ def write_text(path, text):
 
 
 # may differ between a run and its continuation
-FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device", "threads"}
+FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device", "threads",
+        "micro_batch"}
 
 
 def check_run_folder(args):
-    """Refuse, with ValueError, to overwrite another run or to continue one with other settings."""
+    """Refuse, with ValueError, to overwrite what is no run or another run, or to continue one with other settings."""
     path = os.path.join(args.out_dir, "config.json")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
     if not os.path.exists(path):
         if args.resume:
             raise ValueError(f"There is no run to resume in {args.out_dir}.")
-        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir) and not args.overwrite:
+        if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
+            raise ValueError(f"{args.out_dir} is a file; choose another --out_dir.")
+        if os.path.isdir(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
             raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
         return
+    with open(path) as file:
+        saved = json.load(file)
+    if "out_dir" not in saved:
+        raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
-        with open(path) as file:
-            saved = json.load(file)
-        ignored = FREE if args.resume else FREE | (set(vars(args)) - {"task", "model", "num_agents", "lora_rank"})
+        ignored = FREE if args.resume else set(vars(args)) - {"task", "model", "num_agents", "lora_rank"}
         differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
                   if key not in ignored and saved.get(key) != value]
         if differ:
@@ -424,33 +440,18 @@ def open_run_folder(args, versions):
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
-def dialogue(task, episode, color):
-    """A whole episode as text: what each agent was told and answered, the world and its reward, turn by turn."""
-    lines = []
-    for t, turn in enumerate(episode.turns):
-        for agent, response in enumerate(turn.responses):
-            told = task.observation(episode.item, agent) if t == 0 else episode.turns[t - 1].outcome.feedback[agent]
-            answer = response.strip().splitlines() or ["(nothing)"]
-            more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
-            lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
-                      f"       | agent {agent} answers: {'; '.join(answer[:4])}{more}"]
-        lines += [task.draw(episode.item, turn.responses, color),
-                  f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # decentralised execution
 
 
-def agent_process(connection, folder, out_dir, agent, seed, limit, temperature):
+def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, top_p):
     """One agent, alone: it loads the base and its own adapter, and sees only the histories that it is sent."""
     torch.set_num_threads(1)
     lm = LanguageModel(folder)
     lm.add_adapter(f"agent_{agent}", os.path.join(out_dir, f"agent_{agent}"))
     generator = torch.Generator().manual_seed(seed * 1000 + agent)
     while (messages := connection.recv()) is not None:
-        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature)
+        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature, top_p)
         connection.send(lm.decode(tokens)[0])
 
 
@@ -467,7 +468,7 @@ def main():
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], num_agents=config["num_agents"], num_turns=config["num_turns"],
-                        feedback=config["feedback"])
+                        feedback=config["feedback"], data=config["data"])
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
         folder = model_folder(config["model"], config["task"], task)
     except OSError:
@@ -479,13 +480,21 @@ def main():
     for agent in range(task.num_agents):
         ours, theirs = context.Pipe()
         context.Process(target=agent_process, daemon=True, args=(
-            theirs, folder, args.out_dir, agent, args.seed, config["max_new_tokens"], config["temperature"])).start()
+            theirs, folder, args.out_dir, agent, args.seed, config["max_new_tokens"], config["temperature"],
+            config["top_p"])).start()
+        theirs.close()  # so that an agent that dies is noticed
         pipes.append(ours)
     episode = Episode(item)
     for t in range(task.num_turns):
         for agent, pipe in enumerate(pipes):
-            pipe.send(history(task, episode, agent))  # its own observations, nothing else
-        responses = [pipe.recv() for pipe in pipes]
+            with contextlib.suppress(BrokenPipeError):  # it died; recv says so
+                pipe.send(history(task, episode, agent))  # its own observations, nothing else
+        responses = []
+        for agent, pipe in enumerate(pipes):
+            try:
+                responses.append(pipe.recv())
+            except EOFError:
+                parser.exit(1, f"error: agent_{agent} stopped; what it said stands above.\n")
         episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t), None))
         if episode.turns[-1].outcome.done:
             break

@@ -85,6 +85,45 @@ def history(task, episode, agent):
     return messages
 
 
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / max(1, len(numbers))
+
+
+def summary(episodes, prefix, gamma, end):
+    """Means over episodes under the names of the log; return is discounted from the first turn, end the end token.
+
+    Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
+    """
+    turns = [turn for e in episodes for turn in e.turns]
+    answers = [tokens for turn in turns for tokens in turn.tokens]
+    last = [e.turns[-1].outcome for e in episodes]
+    numbers = {
+        "return": mean(sum(gamma ** t * turn.outcome.reward for t, turn in enumerate(e.turns)) for e in episodes),
+        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
+        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
+        "truncated": mean(tokens[-1] != end for tokens in answers)}
+    if prefix == "eval":  # the task's parts, of the last turn
+        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
+                    if not isinstance(number, list) and name not in numbers}
+    return {f"{prefix}/{name}": number for name, number in numbers.items()}
+
+
+def dialogue(task, episode, color):
+    """A whole episode as text: what each agent was told and answered, the world and its reward, turn by turn."""
+    lines = []
+    for t, turn in enumerate(episode.turns):
+        for agent, response in enumerate(turn.responses):
+            told = task.observation(episode.item, agent) if t == 0 else episode.turns[t - 1].outcome.feedback[agent]
+            answer = response.strip().splitlines() or ["(nothing)"]
+            more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
+            lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
+                      f"       | agent {agent} answers: {'; '.join(answer[:4])}{more}"]
+        lines += [task.draw(episode.item, turn.responses, color),
+                  f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
+    return "\n".join(lines)
+
+
 def read_jsonl(path, check):
     """Items of a person's own file, one JSON object a line, as (train, eval); "split": "eval" marks held-out lines.
 
@@ -98,7 +137,7 @@ def read_jsonl(path, check):
                     continue
                 try:
                     record = json.loads(line)
-                    if not isinstance(record, dict) or record.get("split", "train") not in items:
+                    if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
                         raise ValueError('a line is an object whose "split", if any, is "train" or "eval"')
                     items[record.get("split", "train")].append(check(record))
                 except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
@@ -188,16 +227,18 @@ class StrBuild:
         rows = sim.string_target(item["string"])
         parts = sim.strbuild_score(rows, responses, self.palettes)
         reward = parts["reward"] - 2
-        feedback = [self.feedback(self.mode, rows, agent, responses, turn + 1) for agent in range(self.num_agents)]
+        feedback = [self.feedback(self.mode, rows, self.palettes, agent, responses, turn + 1, self.num_turns)
+                    for agent in range(self.num_agents)]
         return Outcome(reward, 100 * parts["iou"], parts, reward > -0.1, feedback)
 
-    def feedback(self, mode, rows, agent, responses, turn):
-        """What an agent is told before turn `turn`; the turn's number lets a critic see how much is still to come."""
-        text, cells = f"Turn {turn + 1} of {self.num_turns}.", sim.target_cells(rows)
+    @staticmethod
+    def feedback(mode, rows, palettes, agent, responses, turn, num_turns):
+        """What an agent is told before turn `turn`, the first one being 0."""
+        text, cells = f"Turn {turn + 1} of {num_turns}.", sim.target_cells(rows)
         if mode == "score":
-            return f"{text} The last build was worth {sim.strbuild_score(rows, responses, self.palettes)['reward']:.2f} of 2."
+            return f"{text} The last build was worth {sim.strbuild_score(rows, responses, palettes)['reward']:.2f} of 2."
         if mode == "perfect":
-            _, accepted, _ = sim.strbuild_world(rows, responses, self.palettes)
+            _, accepted, _ = sim.strbuild_world(rows, responses, palettes)
             wrong = by_letter({cell for cell, block in accepted[agent] if block != "air"} - set(cells))
             return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
         listed = "".join(" %d %d %d" % cell for cell in by_letter(cells))
@@ -222,14 +263,14 @@ class StrBuild:
         """Messages of a conversation of two answers; the tiny base learns the answers and the texts between them."""
         while self.held_out(string := self.random_string(rng)):
             pass
-        palettes = rng.choice([self.palettes, sim.PALETTES, [sum(sim.PALETTES, [])]])
+        palettes = rng.choice([sim.PALETTES, sim.PALETTES, [sum(sim.PALETTES, [])]])  # two agents, or one for both
         rows, agent = sim.string_target(string), rng.randrange(len(palettes))
         cells, mode = by_letter(sim.target_cells(rows)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
         answers = [self.answer(cells, palettes[agent], rng) for _ in range(2)]
         shown = [answers[0] if i == agent else "" for i in range(len(palettes))]
         return [{"role": "user", "content": f"Build{self.spelled(string)} with {' '.join(palettes[agent])}."},
                 {"role": "assistant", "content": answers[0]},
-                {"role": "user", "content": self.feedback(mode, rows, agent, shown, rng.randint(1, 3))},
+                {"role": "user", "content": self.feedback(mode, rows, palettes, agent, shown, rng.randint(1, 3), 4)},
                 {"role": "assistant", "content": answers[1]}]
 
     def answer(self, cells, palette, rng):
@@ -257,7 +298,7 @@ def get_task(name, **options):
     """The task of that name; ValueError with one sentence where name or options make no sense."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
-    if (options.get("num_turns") or 1) < 1:
+    if options.get("num_turns") is not None and options["num_turns"] < 1:
         raise ValueError(f"num_turns must be at least 1, not {options['num_turns']}.")
     return TASKS[name](**options)
 

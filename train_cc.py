@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -31,9 +32,8 @@ import torch
 from tqdm import tqdm
 
 from critic import Critic, td_targets
-from model import (LanguageModel, check_model, check_run_folder, dialogue, model_folder, open_run_folder, write_atomic,
-                   write_text)
-from tasks import Episode, Turn, get_task, history
+from model import LanguageModel, check_model, check_run_folder, model_folder, open_run_folder, write_atomic, write_text
+from tasks import Episode, Turn, dialogue, get_task, history, mean, summary
 
 ALGORITHM = "cc"
 
@@ -58,7 +58,7 @@ group.add_argument("--max_new_tokens", type=int, default=None, help="longest ans
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=45, help="training steps (default 45)")
+group.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate of the actors (default 2e-3)")
@@ -95,8 +95,11 @@ try:  # everything a person can get wrong is found before anything is built or l
     for name in ["gamma", "lam"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in 0..1, not {getattr(args, name)}.")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1:
-        raise ValueError("temperature must be above 0 and top_p in 0..1.")
+    for name in ["threads", "max_new_tokens"]:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}.")
+    if not 0 < args.temperature < float("inf") or not 0 < args.top_p <= 1:
+        raise ValueError("temperature must be above 0 and top_p above 0 and at most 1.")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {args.device}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -152,20 +155,21 @@ critic_parameters = [p for critic in critics for p in [*critic.adapter, *critic.
 
 actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
 critic_optimizer = torch.optim.AdamW(critic_parameters, lr=args.critic_lr, weight_decay=0.0)
-progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0}
+progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "critic/truncated": 0}
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 saved = None
 if (args.resume or args.eval_only) and os.path.exists(state_path):
     saved = torch.load(state_path, map_location=args.device, weights_only=False)
     lm.load_adapter_state(saved["adapters"])
+    progress = saved["progress"]
+    print(f"{args.out_dir} was saved at step {progress['step']}")
+if saved and args.resume:
     for critic, state in zip(critics, saved["critics"]):
         critic.load_state_dict(state)
     actor_optimizer.load_state_dict(saved["actor_optimizer"])
     critic_optimizer.load_state_dict(saved["critic_optimizer"])
     rng.setstate(saved["rng"])
     generator.set_state(saved["generator"].cpu())
-    progress = saved["progress"]
-    print(f"resuming {args.out_dir} at step {progress['step']}")
 if args.resume and os.path.exists(log_path):  # forget what was logged after the last save
     with open(log_path) as file:
         lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= progress["step"]]
@@ -173,17 +177,16 @@ if args.resume and os.path.exists(log_path):  # forget what was logged after the
 
 
 def save():
-    """train_state.pt holds all that --resume needs; the adapter folders are what agents need to work."""
+    """The adapter folders are what agents need to work; train_state.pt, written last, is all that --resume needs."""
+    for name in [f"agent_{i}" for i in agents] + [critic.name for critic in critics]:
+        lm.save_adapter(name, args.out_dir)
+    for critic in critics:
+        write_atomic(os.path.join(args.out_dir, critic.name, "value_head.pt"),
+                     lambda path: torch.save(critic.state_dict(), path))
     write_atomic(state_path, lambda path: torch.save({
         "adapters": lm.adapter_state(), "critics": [critic.state_dict() for critic in critics],
         "actor_optimizer": actor_optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
         "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}, path))
-    for i in agents:
-        lm.save_adapter(f"agent_{i}", args.out_dir)
-    for critic in critics:
-        lm.save_adapter(critic.name, args.out_dir)
-        write_atomic(os.path.join(args.out_dir, critic.name, "value_head.pt"),
-                     lambda path: torch.save(critic.state_dict(), path))
 
 
 def log(line):
@@ -218,25 +221,11 @@ def rollout(items, generator):
     return episodes
 
 
-def summary(episodes, prefix):
-    """Means over episodes under the names of the log; return is discounted from the first turn."""
-    turns = [turn for e in episodes for turn in e.turns]
-    answers = [tokens for turn in turns for tokens in turn.tokens]
-    last = [e.turns[-1].outcome for e in episodes]
-    numbers = {
-        "return": mean(sum(args.gamma ** t * turn.outcome.reward for t, turn in enumerate(e.turns)) for e in episodes),
-        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
-        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
-        "truncated": mean(tokens[-1] != lm.end for tokens in answers)}
-    if prefix == "eval":
-        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
-                    if not isinstance(number, list) and name not in numbers}
-    return {f"{prefix}/{name}": number for name, number in numbers.items()}
-
-
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / max(1, len(numbers))
+def memory_gb():
+    """Peak memory of this process so far: on the GPU where there is one."""
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 def micro_batches(rows, length):
@@ -280,7 +269,7 @@ def set_advantages(episodes, first):
     flat, error = [r for ret in returns for r in ret], []
     for e, ret in zip(episodes, returns):
         error += [r - mean(turn.values) for r, turn in zip(ret, e.turns)]
-    return 1 - torch.tensor(error).var().item() / max(1e-9, torch.tensor(flat).var().item())
+    return 1 - torch.tensor(error).var(correction=0).item() / max(1e-9, torch.tensor(flat).var(correction=0).item())
 
 # ----------------------------------------------------------------------------------------------------------------------
 # update
@@ -295,7 +284,7 @@ def minibatches(rows):
 
 def update_critics(episodes):
     """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
-    losses = []
+    total, updates = 0.0, 0
     for _ in range(args.critic_passes):
         for c, critic in enumerate(critics):
             for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
@@ -305,16 +294,17 @@ def update_critics(episodes):
                     targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
                     loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
                     loss.backward()
-                    losses.append(loss.item() * len(rows) / len(batch))
+                    total += loss.item()
                 torch.nn.utils.clip_grad_norm_(critic_parameters, args.grad_clip)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
-    return {"loss/value": mean(losses)}
+                updates += 1
+    return {"loss/value": total / updates}
 
 
 def update_actors(episodes):
     """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
-    losses, entropies, norms = [], [], []
+    total, entropies, norms = 0.0, [], []
     for _ in range(args.passes):
         for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
             for i, batch in [(i, batch) for i in agents for batch in micro_batches(
@@ -329,14 +319,14 @@ def update_actors(episodes):
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
                 loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
                 loss.backward()
-                losses.append(loss.item() * len(rows) / len(batch))
-                entropies.append(entropy.mean().item())
+                total += loss.item()
+                entropies += entropy.tolist()
             norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, args.grad_clip).item())
             actor_optimizer.step()
             actor_optimizer.zero_grad()
     if not all(norm < float("inf") for norm in norms):
         fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
-    return {"loss/policy": mean(losses), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
+    return {"loss/policy": total / len(norms), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluate
@@ -346,7 +336,7 @@ def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed and all of them go to samples.txt."""
     started = time.time()
     episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
-    line = progress | summary(episodes, "eval")
+    line = progress | summary(episodes, "eval", args.gamma, lm.end)
     if not args.eval_only:
         log(line)
         with open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
@@ -372,6 +362,8 @@ bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=
            dynamic_ncols=True)
 for step in bar:
     t0 = time.time()
+    for critic in critics:
+        critic.truncated = 0  # evaluations count none
     episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
     t1 = time.time()
     stats = {"value/explained_variance": set_advantages(episodes, first=step == 0)}
@@ -381,9 +373,10 @@ for step in bar:
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes),
                 "joint_actions": progress["joint_actions"] + sum(len(e.turns) for e in episodes),
-                "tokens": progress["tokens"] + new_tokens, "wall_s": progress["wall_s"] + t2 - t0}
-    line = progress | summary(episodes, "train") | stats | {
-        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "critic/truncated": sum(c.truncated for c in critics)}
+                "tokens": progress["tokens"] + new_tokens, "wall_s": progress["wall_s"] + t2 - t0,
+                "critic/truncated": progress["critic/truncated"] + sum(critic.truncated for critic in critics)}
+    line = progress | summary(episodes, "train", args.gamma, lm.end) | stats | {
+        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb()}
     log(line)
     bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
                     tok_s=f"{new_tokens / (t1 - t0):.0f}")
@@ -392,13 +385,14 @@ for step in bar:
                f"{line['policy/entropy']:.3f} | value loss {line['loss/value']:.3f} | explained "
                f"{line['value/explained_variance']:.2f} | grad {line['policy/grad_norm']:.2f} | rollout {t1 - t0:.1f} s "
                f"| update {t2 - t1:.1f} s | joint actions {line['joint_actions']}")
-    if interrupted or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+    if interrupted or (step + 1) % args.save_every == 0:
         save()
     if interrupted:
         print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
         sys.exit(130)
     if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
         evaluate(show=0)
+save()
 evaluate(show=2)
 print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt whole "
       f"episodes;\n{time.time() - start_time:.0f} s in all. Next: python model.py {args.out_dir}")
