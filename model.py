@@ -92,7 +92,7 @@ def tiny_tokenizer(task, rng):
                                              chat_template=TEMPLATE)
 
 
-def build_tiny(task, folder, steps=1300, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=1500, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX (Pythia's architecture) because its fused query-key-value and plain MLP make it the fastest of the standard
