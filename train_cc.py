@@ -58,7 +58,7 @@ group.add_argument("--max_new_tokens", type=int, default=None, help="longest ans
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+group.add_argument("--steps", type=int, default=30, help="training steps (default 30)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate of the actors (default 2e-3)")
