@@ -14,7 +14,7 @@ What differs from the paper and its official code: LoRA adapters on one frozen b
 clipped updates per batch instead of one; advantages normalised over the whole step; sampling at temperature 1.
 
     python train_cc.py --task strbuild                              # CPU, nothing to download
-    python train_cc.py --task strbuild --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # one GPU
+    python train_cc.py --task strbuild --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # GPU, not run yet
     python model.py out/cc-strbuild                                 # the trained team at work
 """
 import argparse

@@ -16,7 +16,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402, the settings above must come first
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def run_script(script, arguments, folder, output):
     sys.argv = [script, *map(str, arguments)]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    except Exception:
+    except Exception:  # as python does: traceback and exit code 1, which tests look at
         traceback.print_exc()
         sys.exit(1)
 
