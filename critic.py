@@ -5,8 +5,12 @@ V(h) is read from the hidden state of the last token of the history's text; no v
 has one critic that reads what all agents were shown and answered, CoLLM-DC one per agent that reads that agent's own
 history. Critics are needed in training only: a trained agent never sees one.
 """
+import os
+
 import torch
 from torch import nn
+
+from tasks import write_atomic
 
 
 def td_targets(rewards, values, gamma, lam=0.0):
@@ -25,6 +29,15 @@ def td_targets(rewards, values, gamma, lam=0.0):
         targets.insert(0, advantage + value)
         next_value = value
     return targets, advantages
+
+
+def explained_variance(returns, values):
+    """Share of the returns' variance that the values predict: 1 is perfect, 0 no better than a constant.
+
+    returns [1, 3], values [1.5, 2.5]: the errors [-0.5, 0.5] have variance 0.25, the returns 1, hence 0.75.
+    """
+    returns, values = torch.tensor(returns, dtype=torch.float32), torch.tensor(values, dtype=torch.float32)
+    return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
 
 
 def critic_messages(histories):
@@ -66,10 +79,17 @@ class Critic(nn.Module):
         self.truncated += len(ids) > self.max_tokens
         return ids[-self.max_tokens:]
 
-    def set_scale(self, turn, returns):
-        """Make head_t = 0 mean an average return at that turn, and 1 one standard deviation above it."""
-        self.mean[turn] = torch.tensor(returns).mean()
-        self.std[turn] = torch.tensor(returns).std(correction=0).clamp(min=0.1)
+    def set_scale(self, returns):
+        """returns: those of each episode's turns. Head t = 0 then means their mean at turn t, and 1 one std above."""
+        for t in range(len(self.mean)):
+            at_t = torch.tensor([ret[t] for ret in returns if len(ret) > t])
+            if len(at_t):
+                self.mean[t], self.std[t] = at_t.mean(), at_t.std(correction=0).clamp(min=0.1)
+
+    def save(self, out_dir):
+        self.lm[0].save_adapter(self.name, out_dir)
+        path = os.path.join(out_dir, self.name, "value_head.pt")
+        write_atomic(path, lambda part: torch.save(self.state_dict(), part))
 
     def forward(self, inputs, turns):
         """V(h_t) of B token-id lists and their turn numbers t, in units of return, shape (B,)."""

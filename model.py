@@ -15,12 +15,11 @@ import contextlib
 import glob
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
 import random
-import shutil
+import resource
 import sys
 import tempfile
 import types
@@ -78,7 +77,7 @@ def train_bpe(texts, pattern):
 
 def tiny_tokenizer(task, rng):
     """The byte-level BPE of a task's own text, as tiktoken.Encoding and as the tokenizer that transformers loads."""
-    texts = [message["content"] for _ in range(1500) for message in task.demonstration(rng)]
+    texts = [message["content"] for _ in range(1500) for message in task.demonstration(rng) + task.exercise(rng)]
     ranks = train_bpe(texts, task.pattern)
     encoding = tiktoken.Encoding("tiny", pat_str=task.pattern, mergeable_ranks=ranks,
                                  special_tokens={token: len(ranks) + i for i, token in enumerate(SPECIAL)})
@@ -92,39 +91,39 @@ def tiny_tokenizer(task, rng):
                                              chat_template=TEMPLATE)
 
 
-def build_tiny(task, folder, steps=1500, batch_size=6, lr=3e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX (Pythia's architecture): fused query-key-value and a plain MLP made its forward and backward faster on a
-    CPU than Llama's or GPT-2's. Many small steps teach more than few large ones: 900 steps of 8 conversations beat 300
-    of 24. The folder appears under its name only when it is complete.
+    CPU than Llama's or GPT-2's. The weights start at standard deviation width^-1/2, because with the usual 0.02 a model
+    this narrow attends to everything alike for hundreds of steps. Many small steps teach more than few large ones. The
+    folder appears under its name only when it is complete.
     """
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # far faster than two for batches this small when the machine is busy
     rng = random.Random(seed)
     torch.manual_seed(seed)
     encoding, tokenizer = tiny_tokenizer(task, rng)
     user, assistant, end, pad = (encoding.encode_single_token(token) for token in SPECIAL[1:] + SPECIAL[:1])
     model = GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=encoding.n_vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=2048, use_parallel_residual=False, hidden_act="relu", bos_token_id=None,
-        eos_token_id=end, pad_token_id=pad,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
+        num_attention_heads=heads, max_position_embeddings=2048, use_parallel_residual=False, hidden_act="relu",
+        tie_word_embeddings=True, initializer_range=width ** -0.5, bos_token_id=None, eos_token_id=end,
+        pad_token_id=pad, rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        (step + 1) / max(1, warm_up), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))))
     pool = []
     bar = tqdm(range(steps), desc=f"building {folder}", unit="step", dynamic_ncols=True)
     for step in bar:
-        if not pool:  # conversations of like length share a batch, so that little of it is padding
+        if not pool or step == warm_up:  # conversations of like length share a batch, so that little is padding
             drawn = []
             for _ in range(batch_size * 16):
-                ids, is_target = [], []  # 1 = learned: all but the role marks, feedback included (it shows the letters)
-                for message in task.demonstration(rng):
+                ids, is_target = [], []  # 1 = learned: answers and what an agent is told about them
+                for n, message in enumerate((
+                        task.exercise if step < warm_up or rng.random() < 0.25 else task.demonstration)(rng)):
                     text = encoding.encode_ordinary(message["content"]) + [end]
                     ids += [user if message["role"] == "user" else assistant] + text
-                    is_target += [0] + [1] * len(text)
+                    is_target += [0] + [int(n > 0)] * len(text)  # the item itself is random: nothing to learn there
                 drawn.append((ids, is_target))
             drawn.sort(key=lambda conversation: len(conversation[0]))
             pool = [drawn[i:i + batch_size] for i in range(0, len(drawn), batch_size)]
@@ -147,7 +146,6 @@ def build_tiny(task, folder, steps=1500, batch_size=6, lr=3e-3, width=160, layer
         tokenizer.save_pretrained(os.path.join(build, "model"))
         if not os.path.isdir(folder):  # two runs may have built it at once; the first one counts
             os.rename(os.path.join(build, "model"), folder)
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -163,7 +161,8 @@ def check_model(name):
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is no folder and no model id that can be loaded: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
 
 
 def model_folder(name, task_name, task):
@@ -172,6 +171,13 @@ def model_folder(name, task_name, task):
     if name == "tiny" and not os.path.isdir(folder):
         build_tiny(task, folder)
     return folder if name == "tiny" else name
+
+
+def memory_gb(device):
+    """Peak memory of this process so far: on the GPU where there is one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,65 +385,6 @@ class LanguageModel:
             os.makedirs(os.path.join(out_dir, name), exist_ok=True)
             for file in os.listdir(os.path.join(build, name)):
                 os.replace(os.path.join(build, name, file), os.path.join(out_dir, name, file))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# run folders
-
-
-def write_atomic(path, write):
-    """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
-    write(path + ".part")
-    os.replace(path + ".part", path)
-
-
-def write_text(path, text):
-    def write(part):
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-    write_atomic(path, write)
-
-
-# may differ between a run and its continuation
-FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device", "threads",
-        "micro_batch"}
-
-
-def check_run_folder(args):
-    """Refuse, with ValueError, to overwrite what is no run or another run, or to continue one with other settings."""
-    path = os.path.join(args.out_dir, "config.json")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
-    if not os.path.exists(path):
-        if args.resume:
-            raise ValueError(f"There is no run to resume in {args.out_dir}.")
-        if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
-            raise ValueError(f"{args.out_dir} is a file; choose another --out_dir.")
-        if os.path.isdir(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
-            raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
-        return
-    with open(path) as file:
-        saved = json.load(file)
-    if "out_dir" not in saved:
-        raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
-    if not (args.resume or args.overwrite or args.eval_only):
-        raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
-    if args.resume or args.eval_only:
-        ignored = FREE if args.resume else set(vars(args)) - {"task", "model", "num_agents", "lora_rank"}
-        differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
-                  if key not in ignored and saved.get(key) != value]
-        if differ:
-            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
-
-
-def open_run_folder(args, versions):
-    """Make the folder, empty it of an overwritten run, and write config.json."""
-    if args.overwrite and os.path.exists(os.path.join(args.out_dir, "config.json")):
-        shutil.rmtree(args.out_dir)
-    os.makedirs(args.out_dir, exist_ok=True)
-    for stray in glob.glob(os.path.join(args.out_dir, ".saving-*")):  # left by a killed run
-        shutil.rmtree(stray, ignore_errors=True)
-    write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ A task is one class; everything else in this repository knows a task only by the
     instructions(agent)                 the rules, said once as system message
     observation(item, agent)            o_i,0: what agent i is shown first
     judge(item, responses, turn)        an Outcome: reward, score, the end, and what each agent is told next
-    demonstration(rng)                  one conversation of a sloppy expert; the tiny base is trained on these
+    demonstration(rng), exercise(rng)   one conversation of a sloppy expert, and one that practises what building needs
+                                        most; the tiny base is trained on these
     draw(item, responses, color)        the world as text for a terminal; draw_svg(item, responses) as a picture
 
 One worked example, strbuild with the string "I" at turn 0 of 4:
@@ -27,8 +28,12 @@ next turn: each agent gets its own answer back and is told which cells belong to
     python tasks.py --task strbuild     # an item, what each agent sees, two answers and the reward taken apart
 """
 import argparse
+import glob
+import itertools
 import json
+import os
 import random
+import shutil
 import sys
 import zlib
 from dataclasses import dataclass, field
@@ -51,16 +56,16 @@ class Outcome:
 
 @dataclass
 class Turn:
-    """One joint response; every list has one entry per agent."""
+    """One joint response; a list has one entry per agent unless it says otherwise."""
     prompts: list           # token ids of the rendered history h_i,t
     tokens: list            # sampled token ids of a_i,t, the end token included unless the answer was cut
     logps: list             # log pi of each of those tokens, as sampled
     responses: list         # a_i,t as text
     outcome: Outcome
     critic_inputs: list     # one entry per critic: token ids of the history it reads
-    values: list = None     # one entry per critic: V(h_t), set by the train script
-    targets: list = None    # one entry per critic: what V(h_t) is regressed on
-    advantages: list = None  # one entry per agent
+    values: dict = field(default_factory=dict)      # critic -> V(h_t); these three are set by the train script
+    targets: dict = field(default_factory=dict)     # critic -> what V(h_t) is regressed on
+    advantages: dict = field(default_factory=dict)  # agent -> advantage
 
 
 @dataclass
@@ -153,12 +158,83 @@ def read_jsonl(path, check):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# run folders
+
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
+    write(path + ".part")
+    os.replace(path + ".part", path)
+
+
+def write_text(path, text):
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+    write_atomic(path, write)
+
+
+# may differ between a run and its continuation; another number of steps is another schedule of the learning rate
+FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device",
+        "threads", "micro_batch"}
+
+
+def cut_log(path, step):
+    """Forget the lines of log.jsonl after that step, and one that was half written."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(lines))
+
+
+def check_run_folder(args):
+    """Refuse, with ValueError, to overwrite what is no run or another run, or to continue one with other settings."""
+    path = os.path.join(args.out_dir, "config.json")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
+    if not os.path.exists(path):
+        if args.resume:
+            raise ValueError(f"There is no run to resume in {args.out_dir}.")
+        if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
+            raise ValueError(f"{args.out_dir} is a file; choose another --out_dir.")
+        if os.path.isdir(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
+            raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+        return
+    with open(path) as file:
+        saved = json.load(file)
+    if "out_dir" not in saved:
+        raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+    if not (args.resume or args.overwrite or args.eval_only):
+        raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
+    if args.resume or args.eval_only:
+        ignored = FREE if args.resume else set(vars(args)) - {"task", "model", "num_agents", "lora_rank"}
+        differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
+                  if key not in ignored and saved.get(key) != value]
+        if differ:
+            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
+
+
+def open_run_folder(args, versions):
+    """Make the folder, empty it of an overwritten run, and write config.json."""
+    if args.overwrite and os.path.exists(os.path.join(args.out_dir, "config.json")):
+        shutil.rmtree(args.out_dir)
+    os.makedirs(args.out_dir, exist_ok=True)
+    for stray in glob.glob(os.path.join(args.out_dir, ".saving-*")):  # left by a killed run
+        shutil.rmtree(stray, ignore_errors=True)
+    write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # strbuild: write a string in blocks
 
 
 def by_letter(cells):
-    """Cells in the order in which one writes: letter by letter (5 columns and a gap of 2), each from the top."""
-    return sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
+    """{place: its cells from the top}, places counted from 0: a letter is 5 columns wide and followed by 2 empty ones.
+
+    by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
+    """
+    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
+    return {place: list(group) for place, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
 
 
 class StrBuild:
@@ -168,10 +244,10 @@ class StrBuild:
     Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten
     of the others are held out: never trained on, and in no demonstration.
     """
-    max_new_tokens = 144  # the longest string has 68 cells, two tokens each
+    max_new_tokens = 160  # the longest string has 68 cells: 137 tokens, and three more a letter
     # a cell is one word, and so is a block with the line break and the command that follow it: 2 tokens a command;
-    # the letters of the string stay apart, so that unseen strings are made of seen tokens
-    pattern = r" \d+ \d+ \d+| \d+:[A-Z0-9]| \w+\n(?:/setblock)?|/setblock|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
+    # places and letters stay apart, so that unseen strings are made of seen tokens
+    pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     feedback_modes = ["position", "score", "perfect"]
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin"):
@@ -201,11 +277,11 @@ class StrBuild:
 
     @staticmethod
     def random_string(rng):
-        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.choice([1, 2, 2, 3, 3, 4, 4, 4])))
+        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.choice([1, 2, 3, 3, 4, 4, 4, 4])))
 
     @staticmethod
     def held_out(string):
-        return string in ("ICML", "CLIM") or len(string) > 1 and zlib.crc32(string.encode()) % 10 == 0
+        return string in ("ICML", "CLIM") or len(string) > 1 and zlib.crc32(string.encode()) % 10 == 3
 
     def instructions(self, agent):
         blocks = " or ".join(self.palettes[agent])
@@ -213,7 +289,8 @@ class StrBuild:
                 "and you cannot talk to each other. Letters are 5 columns wide and 5 rows high with 2 empty columns "
                 "between them; x runs from left to right from 0, y from 0 at the bottom to 4 at the top, z is 0. Fill "
                 "the cells of the letters and no others. Touching blocks of the same kind cost points; every kind "
-                f"must be used. Answer with lines of the form /setblock x y z block and nothing else; your blocks: {blocks}.")
+                "must be used. Answer with lines of the form /setblock x y z block and nothing else; "
+                f"your blocks: {blocks}.")
 
     def observation(self, item, agent):
         return f"Build{self.spelled(item['string'])} with {' '.join(self.palettes[agent])}."
@@ -227,21 +304,23 @@ class StrBuild:
         rows = sim.string_target(item["string"])
         parts = sim.strbuild_score(rows, responses, self.palettes)
         reward = parts["reward"] - 2
-        feedback = [self.feedback(self.mode, rows, self.palettes, agent, responses, turn + 1, self.num_turns)
+        feedback = [self.feedback(self.mode, item["string"], self.palettes, agent, responses, turn + 1, self.num_turns)
                     for agent in range(self.num_agents)]
         return Outcome(reward, 100 * parts["iou"], parts, reward > -0.1, feedback)
 
     @staticmethod
-    def feedback(mode, rows, palettes, agent, responses, turn, num_turns):
+    def feedback(mode, string, palettes, agent, responses, turn, num_turns):
         """What an agent is told before turn `turn`, the first one being 0."""
-        text, cells = f"Turn {turn + 1} of {num_turns}.", sim.target_cells(rows)
+        text, rows = f"Turn {turn + 1} of {num_turns}.", sim.string_target(string)
         if mode == "score":
-            return f"{text} The last build was worth {sim.strbuild_score(rows, responses, palettes)['reward']:.2f} of 2."
+            worth = sim.strbuild_score(rows, responses, palettes)["reward"]
+            return f"{text} The last build was worth {worth:.2f} of 2."
         if mode == "perfect":
             _, accepted, _ = sim.strbuild_world(rows, responses, palettes)
-            wrong = by_letter({cell for cell, block in accepted[agent] if block != "air"} - set(cells))
+            wrong = sorted({cell for cell, block in accepted[agent] if block != "air"} - set(sim.target_cells(rows)))
             return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
-        listed = "".join(" %d %d %d" % cell for cell in by_letter(cells))
+        listed = "".join(f" {place + 1}:{string[place]}" + "".join(" %d %d %d" % cell for cell in cells)
+                         for place, cells in by_letter(sim.target_cells(rows)).items())
         return f"{text} The cells:{listed}. Fill about half, no equal neighbours."
 
     def draw(self, item, responses, color=False):
@@ -255,37 +334,52 @@ class StrBuild:
 
     # the sloppy expert: it knows the letters and has many habits, good and bad, from which RL selects
 
-    where = {"all": 3, "even": 2, "odd": 2, "left": 1, "right": 1, "top": 1, "bottom": 1, "first": 2, "last": 2, "row": 3}
-    care = {"careful": 5, "hasty": 3, "shifted": 2}
-    blocks = {"one": 4, "random": 4, "alternate": 2}
+    where = {"none": 5, "all": 1, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 2}  # which letters: by place
+    blocks = {"one": 3, "random": 4, "checker": 2}
 
     def demonstration(self, rng):
-        """Messages of a conversation of two answers; the tiny base learns the answers and the texts between them."""
-        while self.held_out(string := self.random_string(rng)):
-            pass
-        palettes = rng.choice([sim.PALETTES, sim.PALETTES, [sum(sim.PALETTES, [])]])  # two agents, or one for both
-        rows, agent = sim.string_target(string), rng.randrange(len(palettes))
-        cells, mode = by_letter(sim.target_cells(rows)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
-        answers = [self.answer(cells, palettes[agent], rng) for _ in range(2)]
-        shown = [answers[0] if i == agent else "" for i in range(len(palettes))]
+        """Messages of a conversation of two answers; the tiny base learns all but the first of them."""
+        string, palettes = self.shown(rng), rng.choice([sim.PALETTES] * 2 + [[sum(sim.PALETTES, [])]])  # 1 in 3: alone
+        agent, mode = rng.randrange(len(palettes)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
+        answers = [self.answer(string, palettes[agent], rng) for _ in range(2)]
+        responses = [answers[0] if i == agent else "" for i in range(len(palettes))]
+        told = self.feedback(mode, string, palettes, agent, responses, rng.randint(1, 3), 4)
         return [{"role": "user", "content": f"Build{self.spelled(string)} with {' '.join(palettes[agent])}."},
                 {"role": "assistant", "content": answers[0]},
-                {"role": "user", "content": self.feedback(mode, rows, palettes, agent, shown, rng.randint(1, 3), 4)},
-                {"role": "assistant", "content": answers[1]}]
+                {"role": "user", "content": told}, {"role": "assistant", "content": answers[1]}]
 
-    def answer(self, cells, palette, rng):
-        """One answer of the sloppy expert: which cells it takes, how carefully, and with which blocks."""
-        where, care, blocks = (rng.choices(list(d), d.values())[0] for d in (self.where, self.care, self.blocks))
-        right, row, one = max(x for x, _, _ in cells), rng.randrange(5), rng.choice(palette)
-        shift = rng.choice([-1, 1]) if care == "shifted" else 0
-        lines = []
-        for x, y, z in cells:
-            mine = {"all": True, "even": (x + y) % 2 == 0, "odd": (x + y) % 2 == 1, "left": 2 * x <= right,
-                    "right": 2 * x >= right, "top": y >= 3, "bottom": y <= 1, "first": x < 7,
-                    "last": x // 7 == right // 7, "row": y == row}[where]
-            if mine and (care != "hasty" or rng.random() < 0.5):
-                block = {"one": one, "random": rng.choice(palette), "alternate": palette[len(lines) % len(palette)]}[blocks]
-                lines.append(f"/setblock {max(0, x + shift)} {y} {z} {block}\n")
+    def exercise(self, rng):
+        """A conversation in which the string is only spelled, twice.
+
+        To find the letter of a place in what it was shown is what the base learns slowest, since it needs it once in
+        some thirty tokens: without this it still guesses letters when it has long known their shapes.
+        """
+        string = self.shown(rng)
+        spell = [{"role": "user", "content": f"Spell{self.spelled(string)}."},
+                 {"role": "assistant", "content": "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))}]
+        return spell + [{"role": "user", "content": "Again."}, spell[1]]
+
+    def shown(self, rng):
+        """A string that is not held out."""
+        while self.held_out(string := self.random_string(rng)):
+            pass
+        return string
+
+    def answer(self, string, palette, rng):
+        """One answer of the sloppy expert: which letters it builds, often none at all, and with which blocks.
+
+        A heading such as " 2:C" goes before each letter. The simulator rejects that line at no cost; to name the letter
+        first lets the tiny base look it up once and not for each cell.
+        """
+        where, blocks = (rng.choices(list(habits), habits.values())[0] for habits in (self.where, self.blocks))
+        letters, one, lines = by_letter(sim.target_cells(sim.string_target(string))), rng.choice(palette), []
+        places = list(letters)
+        for place in {"none": [], "all": places, "odd": places[::2], "even": places[1::2], "first": places[:1],
+                      "last": places[-1:], "some": [place for place in places if rng.random() < 0.5]}[where]:
+            lines.append(f" {place + 1}:{string[place]}\n")
+            for x, y, z in letters[place]:
+                block = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}[blocks]
+                lines.append(f"/setblock {x} {y} {z} {block}\n")
         return "".join(lines) or "nothing\n"
 
 
@@ -314,8 +408,7 @@ def main():
         parser.exit(2, f"error: {error}\n")
     rng = random.Random(args.seed)
     episode = Episode(rng.choice(task.train_items))
-    cells = by_letter(sim.target_cells(sim.string_target(episode.item["string"])))
-    responses = [task.answer(cells, palette, rng) for palette in task.palettes]
+    responses = [task.answer(episode.item["string"], palette, rng) for palette in task.palettes]
     outcome = task.judge(episode.item, responses, 0)
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")

@@ -11,34 +11,33 @@ One step of training, in the symbols of arXiv 2601.21972:
 After training the critic is thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
-clipped updates per batch instead of one; advantages normalised over the whole step; sampling at temperature 1.
+clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; sampling
+at temperature 1.
 
-    python train_cc.py --task strbuild                              # CPU, nothing to download
-    python train_cc.py --task strbuild --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # GPU, not run yet
-    python model.py out/cc-strbuild                                 # the trained team at work
+    python train_cc.py --task strbuild                 # CPU, nothing to download
+    python train_cc.py --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # GPU, not run yet
+    python model.py out/cc-strbuild                    # the trained team at work
 """
 import argparse
 import json
 import os
 import random
-import resource
 import signal
 import sys
 import time
 from importlib.metadata import version
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning second thread slows small tensors down
 import torch
 from tqdm import tqdm
 
-from critic import Critic, td_targets
-from model import LanguageModel, check_model, check_run_folder, model_folder, open_run_folder, write_atomic, write_text
-from tasks import Episode, Turn, dialogue, get_task, history, mean, summary
+from critic import Critic, explained_variance, td_targets
+from model import LanguageModel, check_model, memory_gb, model_folder
+from tasks import (Episode, Turn, check_run_folder, cut_log, dialogue, get_task, history, mean, open_run_folder,
+                   summary, write_atomic)
 
 ALGORITHM = "cc"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# arguments
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 group = parser.add_argument_group("model")
@@ -58,17 +57,15 @@ group.add_argument("--max_new_tokens", type=int, default=None, help="longest ans
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=30, help="training steps (default 30)")
+group.add_argument("--steps", type=int, default=20, help="training steps (default 20)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
-group.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate of the actors (default 2e-3)")
+group.add_argument("--lr", type=float, default=1e-3, help="AdamW learning rate of the actors, falls to 0 (1e-3)")
 group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of the critic (default 2e-3)")
-group.add_argument("--passes", type=int, default=2, help="times the actors see a step's batch (default 2)")
-group.add_argument("--critic_passes", type=int, default=1, help="times the critic sees a step's batch (default 1)")
+group.add_argument("--passes", type=int, default=2, help="times actors and critic see a step's batch (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
 group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
-group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (default 1)")
 group.add_argument("--critic_tokens", type=int, default=2048, help="longest history a critic reads, newest tokens kept")
 group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
 group = parser.add_argument_group("logging")
@@ -88,39 +85,28 @@ def fail(sentence):
 
 
 try:  # everything a person can get wrong is found before anything is built or loaded
-    for name in ["num_agents", "batch_size", "lora_rank", "passes", "critic_passes", "minibatches", "micro_batch",
-                 "save_every", "critic_tokens"]:
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}.")
-    for name in ["gamma", "lam"]:
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{name} must be in 0..1, not {getattr(args, name)}.")
-    for name in ["threads", "max_new_tokens"]:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}.")
-    if not 0 < args.temperature < float("inf") or not 0 < args.top_p <= 1:
-        raise ValueError("temperature must be above 0 and top_p above 0 and at most 1.")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, not {args.device}.")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device here.")
+    for name, low, high in [("gamma", 0, 1), ("lam", 0, 1), ("temperature", 1e-3, 1e3), ("top_p", 1e-3, 1)] + [
+            (name, 1, 1e9) for name in ("threads", "max_new_tokens", "num_agents", "batch_size", "lora_rank", "passes",
+                                        "minibatches", "micro_batch", "save_every", "critic_tokens")]:
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {getattr(args, name)}.")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
     task = get_task(args.task, num_agents=args.num_agents, num_turns=args.num_turns, feedback=args.feedback,
                     data=args.data)
     check_model(args.model)
     args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
+    if args.wandb:
+        import wandb
 except ValueError as error:
     fail(error)
-if args.wandb:
-    try:
-        import wandb
-    except ImportError:
-        fail("--wandb needs the package: pip install wandb")
+except ImportError:
+    fail("--wandb needs the package: pip install wandb")
 print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# seed, device, output folder
+# --- seed, device, output folder --------------------------------------------------------------------------------------
 
 start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
@@ -135,26 +121,24 @@ if not args.eval_only:
 if args.wandb:
     wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# actors
+# --- actors -----------------------------------------------------------------------------------------------------------
 
 agents = range(args.num_agents)
 lm = LanguageModel(folder, args.device, args.lora_rank)
 actor_parameters = [p for i in agents for p in lm.add_adapter(f"agent_{i}")]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# critics
+# --- critics ----------------------------------------------------------------------------------------------------------
 
 critics = [Critic(lm, "critic", args.num_turns, args.critic_tokens)]  # one for the whole team
 reads = [agents]                     # critic k reads the histories of these agents: all of them
 critic_of = [0 for i in agents]      # and this one serves agent i
 critic_parameters = [p for critic in critics for p in [*critic.adapter, *critic.head.parameters()]]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# optimizers and resume
+# --- optimizers and resume --------------------------------------------------------------------------------------------
 
 actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
 critic_optimizer = torch.optim.AdamW(critic_parameters, lr=args.critic_lr, weight_decay=0.0)
+stateful = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer} | {c.name: c for c in critics}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "critic/truncated": 0}
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 saved = None
@@ -164,29 +148,23 @@ if (args.resume or args.eval_only) and os.path.exists(state_path):
     progress = saved["progress"]
     print(f"{args.out_dir} was saved at step {progress['step']}")
 if saved and args.resume:
-    for critic, state in zip(critics, saved["critics"]):
-        critic.load_state_dict(state)
-    actor_optimizer.load_state_dict(saved["actor_optimizer"])
-    critic_optimizer.load_state_dict(saved["critic_optimizer"])
+    for name, part in stateful.items():
+        part.load_state_dict(saved[name])
     rng.setstate(saved["rng"])
     generator.set_state(saved["generator"].cpu())
-if args.resume and os.path.exists(log_path):  # forget what was logged after the last save
-    with open(log_path) as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= progress["step"]]
-    write_text(log_path, "".join(lines if saved else []))
+if args.resume:
+    cut_log(log_path, progress["step"] if saved else -1)
 
 
 def save():
     """The adapter folders are what agents need to work; train_state.pt, written last, is all that --resume needs."""
-    for name in [f"agent_{i}" for i in agents] + [critic.name for critic in critics]:
-        lm.save_adapter(name, args.out_dir)
+    for i in agents:
+        lm.save_adapter(f"agent_{i}", args.out_dir)
     for critic in critics:
-        write_atomic(os.path.join(args.out_dir, critic.name, "value_head.pt"),
-                     lambda path: torch.save(critic.state_dict(), path))
-    write_atomic(state_path, lambda path: torch.save({
-        "adapters": lm.adapter_state(), "critics": [critic.state_dict() for critic in critics],
-        "actor_optimizer": actor_optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-        "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}, path))
+        critic.save(args.out_dir)
+    write_atomic(state_path, lambda path: torch.save({name: part.state_dict() for name, part in stateful.items()} | {
+        "adapters": lm.adapter_state(), "rng": rng.getstate(), "generator": generator.get_state(),
+        "progress": progress}, path))
 
 
 def log(line):
@@ -195,8 +173,7 @@ def log(line):
     if args.wandb:
         wandb.log(line, step=line["step"])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# rollout
+# --- rollout ----------------------------------------------------------------------------------------------------------
 
 
 def rollout(items, generator):
@@ -221,58 +198,39 @@ def rollout(items, generator):
     return episodes
 
 
-def memory_gb():
-    """Peak memory of this process so far: on the GPU where there is one."""
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
 def micro_batches(rows, length):
     """Cut rows into micro-batches of like length, so that little of each is padding."""
     rows = sorted(rows, key=length)
     return [rows[i:i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# targets and advantages
+# --- targets and advantages -------------------------------------------------------------------------------------------
 
 
 def set_advantages(episodes, first):
-    """Steps 2 and 3 of the header; returns how much of the returns' variance V explains before it is trained on them."""
-    returns = [td_targets([turn.outcome.reward for turn in e.turns], [0.0] * len(e.turns), args.gamma, 1.0)[0]
-               for e in episodes]
+    """Steps 2 and 3 of the header; returns how much of the returns' variance V explains before it learns from them."""
     turns = [(t, turn) for e in episodes for t, turn in enumerate(e.turns)]
-    for turn in (turn for _, turn in turns):
-        turn.values, turn.targets, turn.advantages = [0.0] * len(critics), [0.0] * len(critics), [0.0] * len(agents)
+    rewards = [[turn.outcome.reward for turn in e.turns] for e in episodes]
+    returns = [td_targets(r, [0.0] * len(r), args.gamma, lam=1.0)[0] for r in rewards]
     for c, critic in enumerate(critics):
-        for t in range(args.num_turns if first else 0):
-            if any(len(ret) > t for ret in returns):
-                critic.set_scale(t, [ret[t] for ret in returns if len(ret) > t])
+        if first:
+            critic.set_scale(returns)
         for batch in micro_batches(turns, lambda row: len(row[1].critic_inputs[c])):
             with torch.no_grad():
                 values = critic([turn.critic_inputs[c] for _, turn in batch], [t for t, _ in batch])
             for (_, turn), value in zip(batch, values.tolist()):
                 turn.values[c] = value
-    for e in episodes:
-        for c in range(len(critics)):
-            targets, advantages = td_targets([turn.outcome.reward for turn in e.turns],
-                                             [turn.values[c] for turn in e.turns], args.gamma, args.lam)
+        for e, r in zip(episodes, rewards):
+            targets, advantages = td_targets(r, [turn.values[c] for turn in e.turns], args.gamma, args.lam)
             for turn, target, advantage in zip(e.turns, targets, advantages):
                 turn.targets[c] = target
-                for i in agents:
-                    if critic_of[i] == c:
-                        turn.advantages[i] = advantage
-    everything = torch.tensor([turn.advantages for _, turn in turns])  # (turns, agents)
+                turn.advantages |= {i: advantage for i in agents if critic_of[i] == c}
+    everything = torch.tensor([list(turn.advantages.values()) for _, turn in turns])  # (turns, agents)
     center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
     for _, turn in turns:
-        turn.advantages = [(advantage - center) / spread for advantage in turn.advantages]
-    flat, error = [r for ret in returns for r in ret], []
-    for e, ret in zip(episodes, returns):
-        error += [r - mean(turn.values) for r, turn in zip(ret, e.turns)]
-    return 1 - torch.tensor(error).var(correction=0).item() / max(1e-9, torch.tensor(flat).var(correction=0).item())
+        turn.advantages = {i: (advantage - center) / spread for i, advantage in turn.advantages.items()}
+    return explained_variance([x for ret in returns for x in ret], [mean(turn.values.values()) for _, turn in turns])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# update
+# --- update -----------------------------------------------------------------------------------------------------------
 
 
 def minibatches(rows):
@@ -285,20 +243,19 @@ def minibatches(rows):
 def update_critics(episodes):
     """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
     total, updates = 0.0, 0
-    for _ in range(args.critic_passes):
-        for c, critic in enumerate(critics):
-            for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
-                for batch in micro_batches(rows, lambda row: len(row[1].critic_inputs[c])):
-                    turns = [t for t, _ in batch]
-                    values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
-                    targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
-                    loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
-                    loss.backward()
-                    total += loss.item()
-                torch.nn.utils.clip_grad_norm_(critic_parameters, args.grad_clip)
-                critic_optimizer.step()
-                critic_optimizer.zero_grad()
-                updates += 1
+    for c, critic in list(enumerate(critics)) * args.passes:
+        for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
+            for batch in micro_batches(rows, lambda row: len(row[1].critic_inputs[c])):
+                turns = [t for t, _ in batch]
+                values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
+                targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
+                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(critic_parameters, 1.0)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            updates += 1
     return {"loss/value": total / updates}
 
 
@@ -321,19 +278,18 @@ def update_actors(episodes):
                 loss.backward()
                 total += loss.item()
                 entropies += entropy.tolist()
-            norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, args.grad_clip).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, 1.0).item())
             actor_optimizer.step()
             actor_optimizer.zero_grad()
     if not all(norm < float("inf") for norm in norms):
         fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
     return {"loss/policy": total / len(norms), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# evaluate
+# --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
 def evaluate(show):
-    """Play every held-out item once; `show` whole episodes are printed and all of them go to samples.txt."""
+    """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
     episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
     line = progress | summary(episodes, "eval", args.gamma, lm.end)
@@ -346,22 +302,21 @@ def evaluate(show):
         print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
     print(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
           f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
-    return line
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training loop
+# --- training loop ----------------------------------------------------------------------------------------------------
 
 if args.eval_only:
     evaluate(show=2)
     sys.exit()
 interrupted = []
-signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
 if progress["step"] == 0:
     evaluate(show=0)  # the untrained team
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True)
 for step in bar:
     t0 = time.time()
+    actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # the critic has to keep up to the end
     for critic in critics:
         critic.truncated = 0  # evaluations count none
     episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
@@ -371,20 +326,19 @@ for step in bar:
     stats |= update_actors(episodes)
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
-    progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes),
-                "joint_actions": progress["joint_actions"] + sum(len(e.turns) for e in episodes),
-                "tokens": progress["tokens"] + new_tokens, "wall_s": progress["wall_s"] + t2 - t0,
-                "critic/truncated": progress["critic/truncated"] + sum(critic.truncated for critic in critics)}
+    progress["step"] = step + 1
+    for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
+                       ("tokens", new_tokens), ("wall_s", t2 - t0),
+                       ("critic/truncated", sum(critic.truncated for critic in critics))]:
+        progress[name] += more
     line = progress | summary(episodes, "train", args.gamma, lm.end) | stats | {
-        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb()}
+        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
     log(line)
     bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
                     tok_s=f"{new_tokens / (t1 - t0):.0f}")
-    tqdm.write(f"step {step + 1} | return {line['train/return']:.3f} | score {line['train/score']:.1f} | turns "
-               f"{line['train/turns']:.2f} | tokens {line['train/response_tokens']:.0f} | entropy "
-               f"{line['policy/entropy']:.3f} | value loss {line['loss/value']:.3f} | explained "
-               f"{line['value/explained_variance']:.2f} | grad {line['policy/grad_norm']:.2f} | rollout {t1 - t0:.1f} s "
-               f"| update {t2 - t1:.1f} s | joint actions {line['joint_actions']}")
+    tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.split('/')[-1]} {line[key]:.4g}" for key in (
+        "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
+        "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
     if interrupted or (step + 1) % args.save_every == 0:
         save()
     if interrupted:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from minecraft_sim import (LETTERS, PALETTES, command_lines, command_shares, draw_ansi, draw_svg,  # noqa: E402
+from minecraft_sim import (LETTERS, PALETTES, command_lines, command_shares, draw_ansi, draw_svg,
                            draw_text, integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
                            string_target, target_cells, texture)
 
+ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ["###", "#.."]  # the worked example of the header
 ANSWERS = ["setblock 0 1 0 oak_planks\nsetblock 0 0 0 stone", "setblock 1 1 0 obsidian\nsetblock 1 0 0 obsidian"]
 BOX = (0, 0, 0), (2, 1, 0)

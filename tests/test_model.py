@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gem
                           GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen3Config)
 
 import model
-from critic import Critic, critic_messages, td_targets
+from critic import Critic, critic_messages, explained_variance, td_targets
 from model import LanguageModel, build_tiny, tiny_tokenizer, train_bpe
 from tasks import get_task
 
@@ -70,7 +70,7 @@ def prompts_of(lm, count):
 def likely_to_end(lm):
     """Bias the model so that some answers stop early and some never."""
     head = lm.causal_lm.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)).index_fill_(0, torch.tensor(lm.end), 5.0), requires_grad=False)
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)).index_fill_(0, torch.tensor(lm.end), 4.0), requires_grad=False)
 
 
 def plain_logprobs(network, prompt, answer):
@@ -105,7 +105,7 @@ def test_tokenizer_agrees_with_tiktoken(tokenizers):
 
 def test_a_command_costs_two_tokens_and_letters_stay_apart(tokenizers):
     encoding, _ = tokenizers
-    assert len(encoding.encode_ordinary("/setblock 3 4 0 stone\n/setblock 26 0 0 obsidian\n")) == 5  # the first word too
+    assert len(encoding.encode_ordinary(" 2:C\n/setblock 3 4 0 stone\n/setblock 25 0 0 obsidian\n")) == 7  # heading: 3
     assert len(encoding.encode_ordinary("ICML9")) == 5
 
 
@@ -314,6 +314,12 @@ def test_td_targets_with_lam_one_are_discounted_returns():
         assert targets[t] == pytest.approx(ret) and advantages[t] == pytest.approx(ret - values[t])
 
 
+def test_explained_variance_by_hand():
+    assert explained_variance([1, 3], [1.5, 2.5]) == pytest.approx(0.75)
+    assert explained_variance([1, 3], [7, 7]) == pytest.approx(0) and explained_variance([1, 3], [3, 1]) < -1
+    assert explained_variance([2], [5]) == 1  # a single return has nothing to explain
+
+
 def test_a_joint_history_holds_everything_once():
     task = get_task("strbuild")
     histories = [[{"role": "system", "content": task.instructions(agent)}, {"role": "user", "content": f"Build I with {agent}."},
@@ -343,8 +349,7 @@ def test_a_critic_keeps_the_newest_tokens_and_counts_what_it_cut(folder):
 def test_values_ignore_padding_and_start_at_the_average_return_of_the_turn(folder):
     lm = LanguageModel(folder, rank=4)
     critic, inputs, turns = Critic(lm, "critic", 3, 1000), prompts_of(lm, 5), [0, 1, 0, 1, 2]
-    critic.set_scale(0, [1.0, 3.0])
-    critic.set_scale(1, [-4.0])
+    critic.set_scale([[1.0, -4.0], [3.0]])  # two episodes, the second ends after a turn; none has a third one
     assert torch.allclose(critic(inputs, turns), torch.tensor([2.0, -4.0, 2.0, -4.0, 0.0]))
     torch.manual_seed(0)
     critic.head.weight.data.normal_()

@@ -11,7 +11,7 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, Turn, get_task, history
+from tasks import Episode, Turn, by_letter, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,9 @@ def test_held_out_strings_are_in_no_training_item_and_no_demonstration():
     assert len(shown) == len(held_out) and begins([{"content": task.observation({"string": "ICML"}, 1)}], shown)
     conversations = [task.demonstration(rng) for _ in range(2000)]
     assert not any(begins(conversation, shown) for conversation in conversations)
-    assert sum(bool(begins(conversation, short)) for conversation in conversations) > 500  # so it would have been seen
+    spelled = [beginning.split(" with")[0].replace("Build", "Spell") + "." for beginning in shown]
+    assert not any(begins(task.exercise(rng), spelled) for _ in range(1000))
+    assert sum(bool(begins(conversation, short)) for conversation in conversations) > 300  # so it would have been seen
 
 
 def test_items_are_the_same_every_time():
@@ -81,12 +83,27 @@ def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
         conversation = task.demonstration(rng)
         assert [message["role"] for message in conversation] == ["user", "assistant"] * 2
         for string in [known[text] for text in begins(conversation, known)]:
-            answer, rows = conversation[3]["content"], sim.string_target(string)
+            answer, rows = re.sub(r" \d:[A-Z]\n|nothing\n", "", conversation[3]["content"]), sim.string_target(string)
             _, good, bad = sim.strbuild_world(rows, [answer], [sum(sim.PALETTES, [])])
             accepted, rejected = accepted + len(good[0]), rejected + len(bad[0])
             assert all(block in conversation[0]["content"] for _, block in good[0])
             scores.append(sim.strbuild_score(rows, [answer], [sum(sim.PALETTES, [])])["iou"])
-    assert accepted > 20 * rejected and 0.2 < sum(scores) / len(scores) < 0.7
+    assert accepted > 500 and rejected == 0 and 0.2 < sum(scores) / len(scores) < 0.7
+
+
+def test_an_exercise_names_every_letter_and_a_heading_builds_nothing():
+    task, rng = get_task("strbuild"), random.Random(4)
+    for _ in range(50):
+        shown, *rest = [message["content"] for message in task.exercise(rng)]
+        labels = re.findall(r" \d:[A-Z]", shown)
+        assert labels and rest[0] == rest[2] == "".join(f"{label}\n" for label in labels)
+    headings = [line for _ in range(50) for line in task.demonstration(rng)[1]["content"].splitlines() if ":" in line]
+    _, accepted, rejected = sim.strbuild_world(sim.string_target("ICML"), ["\n".join(headings)], [["stone"]])
+    assert headings and not accepted[0] and len(rejected[0]) == len(headings)  # a heading builds nothing
+
+
+def test_by_letter_by_hand():
+    assert by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) == {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}
 
 
 @pytest.mark.parametrize("num_agents", [1, 2])
@@ -96,6 +113,7 @@ def test_a_demonstration_reads_like_an_episode(num_agents, feedback):
     task = get_task("strbuild", num_agents=num_agents, feedback=feedback)
     def form(text):  # the text with its numbers, strings and blocks taken out
         text = re.sub(r"(Build) .* (with) .*\.$", r"\1 S \2 B.", text)
+        text = re.sub(r" \d+:[A-Z](?= )", "", text)
         return re.sub(r"-?\d+(\.\d+)?( -?\d+)*", "N", text).replace("none", "N")
     item = {"string": "I"}
     told = task.judge(item, ["/setblock 0 0 0 stone\n/setblock 0 1 0 stone"] * num_agents, 0).feedback
