@@ -255,7 +255,8 @@ class LanguageModel:
         PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in
         every layer; here the base's matrix product is shared and each group adds its own small ones.
         """
-        sizes = [rows for _, rows in self.groups]
+        times = len(x) // sum(rows for _, rows in self.groups)  # T in models that flatten (B, T) to (B x T), such as OPT
+        sizes = [rows * times for _, rows in self.groups]
         if self.folded:
             out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
                    for (name, _), rows in zip(self.groups, x.split(sizes))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTJConfig,
-                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen3Config)
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen3Config)
 
 import model
 from critic import Critic, critic_messages, explained_variance, td_targets
@@ -22,7 +22,8 @@ PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
             "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
             "granite": lambda **ids: GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=4.0, **ids),
-            "gptj": lambda **ids: GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, **ids)}
+            "gptj": lambda **ids: GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, **ids),
+            "opt": lambda **ids: OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, **ids)}
 
 
 @pytest.fixture(scope="session")
