@@ -5,8 +5,7 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
     LanguageModel.logprobs   log pi(a | h) of given answers, with gradients for the adapters
     build_tiny               makes the base "tiny": a 1M-parameter transformer trained on a task's demonstrations
 
-    python model.py out/cc-strbuild                # the trained team at work: one process per agent, no critic
-    python model.py out/cc-strbuild --string CLIM
+    python model.py out/cc-strbuild --string CLIM      # the trained team at work: one process per agent, no critic
 """
 import argparse
 import base64
@@ -96,8 +95,7 @@ def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, wid
 
     GPT-NeoX (Pythia's architecture): fused query-key-value and a plain MLP made its forward and backward faster on a
     CPU than Llama's or GPT-2's. The weights start at standard deviation width^-1/2, because with the usual 0.02 a model
-    this narrow attends to everything alike for hundreds of steps. Many small steps teach more than few large ones. The
-    folder appears under its name only when it is complete.
+    this narrow attends to everything alike for hundreds of steps. The folder appears only when it is complete.
     """
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
     rng = random.Random(seed)
@@ -110,11 +108,11 @@ def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, wid
         tie_word_embeddings=True, initializer_range=width ** -0.5, bos_token_id=None, eos_token_id=end,
         pad_token_id=pad, rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / max(1, warm_up), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))))
     pool = []
     bar = tqdm(range(steps), desc=f"building {folder}", unit="step", dynamic_ncols=True)
     for step in bar:
+        fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, warm_up), fall)
         if not pool or step == warm_up:  # conversations of like length share a batch, so that little is padding
             drawn = []
             for _ in range(batch_size * 16):
@@ -138,9 +136,7 @@ def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, wid
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=os.path.dirname(folder) or ".") as build:
         model.save_pretrained(os.path.join(build, "model"))
         tokenizer.save_pretrained(os.path.join(build, "model"))
@@ -153,11 +149,10 @@ def check_model(name):
     """Raise ValueError with one sentence when `name` is no model to load; nothing is loaded yet."""
     if name == "tiny":
         return
-    if os.path.exists(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"{name} is not a model folder: it has no config.json.")
-        if not glob.glob(os.path.join(name, "*.safetensors")) + glob.glob(os.path.join(name, "*.bin")):
-            raise ValueError(f"{name} is not a model folder: it has no weights.")
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"{name} is not a model folder: it has no config.json.")
+    if os.path.exists(name) and not any(glob.glob(os.path.join(name, end)) for end in ("*.safetensors", "*.bin")):
+        raise ValueError(f"{name} is not a model folder: it has no weights.")
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -255,7 +250,7 @@ class LanguageModel:
         PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in
         every layer; here the base's matrix product is shared and each group adds its own small ones.
         """
-        times = len(x) // sum(rows for _, rows in self.groups)  # T in models that flatten (B, T) to (B x T), such as OPT
+        times = len(x) // sum(rows for _, rows in self.groups)  # T where a model flattens (B, T), as OPT does
         sizes = [rows * times for _, rows in self.groups]
         if self.folded:
             out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
@@ -404,8 +399,7 @@ def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, 
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Let a trained team work as it would be deployed: one process per "
-                                                 "agent, each with the base and its own adapter, no critic.")
+    parser = argparse.ArgumentParser(description="A trained team at work: one process per agent, no critic.")
     parser.add_argument("out_dir", help="folder of a run, such as out/cc-strbuild")
     parser.add_argument("--string", help="strbuild: what to build (default: the first held-out item)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the agents' sampling")

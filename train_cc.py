@@ -92,8 +92,7 @@ try:  # everything a person can get wrong is found before anything is built or l
             raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {getattr(args, name)}.")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
-    task = get_task(args.task, num_agents=args.num_agents, num_turns=args.num_turns, feedback=args.feedback,
-                    data=args.data)
+    task = get_task(args.task, **{k: getattr(args, k) for k in ("num_agents", "num_turns", "feedback", "data")})
     check_model(args.model)
     args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
@@ -322,8 +321,7 @@ for step in bar:
     episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
     t1 = time.time()
     stats = {"value/explained_variance": set_advantages(episodes, first=step == 0)}
-    stats |= update_critics(episodes)
-    stats |= update_actors(episodes)
+    stats |= update_critics(episodes) | update_actors(episodes)
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1

@@ -8,16 +8,15 @@ import multiprocessing
 import os
 import runpy
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+import torch
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import pytest  # noqa: E402, the settings above must come first
-import torch  # noqa: E402
 
 torch.set_num_threads(1)
 server = multiprocessing.get_context("forkserver")
@@ -31,11 +30,7 @@ def run_script(script, arguments, folder, output):
     os.chdir(folder)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
     sys.argv = [script, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except Exception:  # as python does: traceback and exit code 1, which tests look at
-        traceback.print_exc()
-        sys.exit(1)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 class Workplace:
