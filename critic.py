@@ -40,6 +40,30 @@ def explained_variance(returns, values):
     return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
 
 
+def explained(returns, values):
+    """Explained variance for the log, over all turns and turn by turn; returns and values are [episode][turn].
+
+    [[2, 1], [4, 3]] and [[3, 1.5], [3, 2.5]]: 0 at turn 0, where the values are equal, 0.75 at turn 1, 0.5 in all.
+    """
+    at_turn = [[(ret[t], value[t]) for ret, value in zip(returns, values) if len(ret) > t]
+               for t in range(max(map(len, returns)))]
+    return {"value/explained_variance": explained_variance(*zip(*sum(at_turn, []))),
+            "value/explained_variance_by_turn": [explained_variance(*zip(*pairs)) for pairs in at_turn]}
+
+
+def baselines(returns, kind):
+    """Monte Carlo baselines of the returns of a group: joint answers to the same item at the same turn.
+
+    [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
+    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone
+    has nothing but itself: [5] gives [5].
+    """
+    total, n = sum(returns), len(returns)
+    if kind == "none":
+        return [0.0] * n
+    return [(total - ret) / (n - 1) if kind == "loo" and n > 1 else total / n for ret in returns]
+
+
 def critic_messages(histories):
     """The chat a critic reads, made of the histories of the agents it serves, message by message.
 

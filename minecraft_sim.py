@@ -144,16 +144,17 @@ def read_commands(response, palette, bbox, limit):
 
 # --- the world and its score ------------------------------------------------------------------------------------------
 
-def strbuild_world(target_rows, responses, palettes, max_commands=300):
+def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
     """Build the world of a joint response: (world, accepted, rejected), the last two one list per agent.
 
     world is {(x, y, z): block} without air. Agent 1 overwriting agent 0's only block with stone gives
-    {(0, 0, 0): "stone"}; overwriting it with air gives {}.
+    {(0, 0, 0): "stone"}; overwriting it with air gives {}. start is the world that the commands find: empty by the
+    official rules, the last turn's where blocks stay.
     """
     assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
     assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
     bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
-    world, accepted, rejected = {}, [], []
+    world, accepted, rejected = dict(start), [], []
     for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
         good, bad = read_commands(response, palette, bbox, share)
         world.update(good)  # in order: a later command overwrites
@@ -171,13 +172,13 @@ def texture(block):
     return "concrete" if block.endswith("_concrete") else block
 
 
-def strbuild_score(target_rows, responses, palettes, max_commands=300):
+def strbuild_score(target_rows, responses, palettes, max_commands=300, start=()):
     """Score a joint response; the example at the top of this file gives reward 0.25 and iou 0.6.
 
     reward is at most 2; iou, coverage, extra_ratio and adjacent_same_ratio are in 0..1 (0 where they would divide by
     zero); missing_palettes counts agents with an unused block; accepted is the number of commands per agent.
     """
-    world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands)
+    world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands, start)
     target = set(target_cells(target_rows))
     background = len(target_rows) * len(target_rows[0]) - len(target)
     covered = len(target & world.keys())

@@ -38,7 +38,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
-from tasks import Episode, Turn, dialogue, get_task, history
+from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -90,7 +90,7 @@ def tiny_tokenizer(task, rng):
                                              chat_template=TEMPLATE)
 
 
-def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=1400, warm_up=400, lr=2e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX (Pythia's architecture): fused query-key-value and a plain MLP made its forward and backward faster on a
@@ -115,7 +115,7 @@ def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, wid
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, warm_up), fall)
         if not pool or step == warm_up:  # conversations of like length share a batch, so that little is padding
             drawn = []
-            for _ in range(batch_size * 16):
+            for _ in range(task.base_batch * 16):
                 ids, is_target = [], []  # 1 = learned: answers and what an agent is told about them
                 for n, message in enumerate((
                         task.exercise if step < warm_up or rng.random() < 0.25 else task.demonstration)(rng)):
@@ -124,7 +124,7 @@ def build_tiny(task, folder, steps=1400, warm_up=400, batch_size=6, lr=2e-3, wid
                     is_target += [0] + [int(n > 0)] * len(text)  # the item itself is random: nothing to learn there
                 drawn.append((ids, is_target))
             drawn.sort(key=lambda conversation: len(conversation[0]))
-            pool = [drawn[i:i + batch_size] for i in range(0, len(drawn), batch_size)]
+            pool = [drawn[i:i + task.base_batch] for i in range(0, len(drawn), task.base_batch)]
             rng.shuffle(pool)
         batch = pool.pop()
         T = max(len(ids) for ids, _ in batch)
@@ -160,9 +160,9 @@ def check_model(name):
         raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
 
 
-def model_folder(name, task_name, task):
-    """The folder or id to load; "tiny" is built on first use and cached as out/tiny-TASK."""
-    folder = os.path.join("out", f"tiny-{task_name}")
+def model_folder(name, task):
+    """The folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE."""
+    folder = os.path.join("out", f"tiny-{task.base}")
     if name == "tiny" and not os.path.isdir(folder):
         build_tiny(task, folder)
     return folder if name == "tiny" else name
@@ -409,10 +409,9 @@ def main():
             config = json.load(file)
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
-        task = get_task(config["task"], num_agents=config["num_agents"], num_turns=config["num_turns"],
-                        feedback=config["feedback"], data=config["data"])
+        task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
-        folder = model_folder(config["model"], config["task"], task)
+        folder = model_folder(config["model"], task)
     except OSError:
         parser.exit(2, f"error: {args.out_dir} is not the folder of a run: it has no config.json.\n")
     except ValueError as error:
@@ -437,7 +436,7 @@ def main():
                 responses.append(pipe.recv())
             except EOFError:
                 parser.exit(1, f"error: agent_{agent} stopped; what it said stands above.\n")
-        episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t), None))
+        episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t, episode.world)))
         if episode.turns[-1].outcome.done:
             break
     for pipe in pipes:

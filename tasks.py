@@ -9,10 +9,13 @@ A task is one class; everything else in this repository knows a task only by the
     pattern                             regular expression that cuts the task's text into words for the tiny tokenizer
     instructions(agent)                 the rules, said once as system message
     observation(item, agent)            o_i,0: what agent i is shown first
-    judge(item, responses, turn)        an Outcome: reward, score, the end, and what each agent is told next
+    judge(item, responses, turn, world) an Outcome: reward, score, the end, and what each agent is told next; world is
+                                        what the last turn's Outcome left, None at turn 0
     demonstration(rng), exercise(rng)   one conversation of a sloppy expert, and one that practises what building needs
                                         most; the tiny base is trained on these
-    draw(item, responses, color)        the world as text for a terminal; draw_svg(item, responses) as a picture
+    draw(item, world, color)            the world as text for a terminal; draw_svg(item, world) as a picture
+    base, base_batch                    name of the tiny base that fits (runs with one name share it), and how many
+                                        conversations it learns from in a step
 
 One worked example, strbuild with the string "I" at turn 0 of 4:
 
@@ -52,6 +55,7 @@ class Outcome:
     parts: dict             # the reward taken apart: name -> number
     done: bool              # solved: the episode ends before its last turn
     feedback: list          # per agent: what it is told before its next answer
+    world: object           # what this joint response leaves behind; strbuild: {cell: block}
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Turn:
     logps: list             # log pi of each of those tokens, as sampled
     responses: list         # a_i,t as text
     outcome: Outcome
-    critic_inputs: list     # one entry per critic: token ids of the history it reads
+    critic_inputs: list = field(default_factory=list)  # one entry per critic: token ids of the history it reads
     values: dict = field(default_factory=dict)      # critic -> V(h_t); these three are set by the train script
     targets: dict = field(default_factory=dict)     # critic -> what V(h_t) is regressed on
     advantages: dict = field(default_factory=dict)  # agent -> advantage
@@ -73,6 +77,10 @@ class Episode:
     """An item and the turns played on it so far."""
     item: dict
     turns: list = field(default_factory=list)
+
+    @property
+    def world(self):
+        return self.turns[-1].outcome.world if self.turns else None
 
 
 def history(task, episode, agent):
@@ -88,6 +96,11 @@ def history(task, episode, agent):
         messages += [{"role": "assistant", "content": last.responses[agent]},
                      {"role": "user", "content": last.outcome.feedback[agent]}]
     return messages
+
+
+def paid(reward, task, turn, done):
+    """r_t of this turn: the reward itself, or, with a sparse reward, 0 in every turn but the episode's last."""
+    return reward if task.reward == "dense" or done or turn + 1 == task.num_turns else 0.0
 
 
 def mean(numbers):
@@ -124,7 +137,7 @@ def dialogue(task, episode, color):
             more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
             lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
                       f"       | agent {agent} answers: {'; '.join(answer[:4])}{more}"]
-        lines += [task.draw(episode.item, turn.responses, color),
+        lines += [task.draw(episode.item, turn.outcome.world, color),
                   f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
     return "\n".join(lines)
 
@@ -187,6 +200,21 @@ def cut_log(path, step):
         write_text(path, "".join(lines))
 
 
+RANGES = {name: (1, 1e9) for name in (
+    "threads", "max_new_tokens", "num_agents", "batch_size", "group_size", "lora_rank", "passes", "minibatches",
+    "micro_batch", "save_every", "critic_tokens")} | {name: (0, 1e9) for name in (
+        "steps", "lr", "critic_lr", "clip", "eval_every")} | {
+    "gamma": (0, 1), "lam": (0, 1), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1)}
+
+
+def check_ranges(args):
+    """Raise ValueError with one sentence for the first number that makes no sense."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {value}.")
+
+
 def check_run_folder(args):
     """Refuse, with ValueError, to overwrite what is no run or another run, or to continue one with other settings."""
     path = os.path.join(args.out_dir, "config.json")
@@ -207,9 +235,9 @@ def check_run_folder(args):
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
-        ignored = FREE if args.resume else set(vars(args)) - {"task", "model", "num_agents", "lora_rank"}
+        ignored = FREE if args.resume else set(vars(args)) - {"task", "world", "model", "num_agents", "lora_rank"}
         differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
-                  if key not in ignored and saved.get(key) != value]
+                  if key not in ignored and saved.get(key, value) != value]  # it may be older than a setting
         if differ:
             raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
 
@@ -244,19 +272,24 @@ class StrBuild:
     Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten
     of the others are held out: never trained on, and in no demonstration.
     """
-    max_new_tokens = 160  # the longest string has 68 cells: 137 tokens, and three more a letter
     # a cell is one word, and so is a block with the line break and the command that follow it: 2 tokens a command;
     # places and letters stay apart, so that unseen strings are made of seen tokens
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     feedback_modes = ["position", "score", "perfect"]
 
-    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin"):
+    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         if num_agents not in (1, 2):
             raise ValueError(f"strbuild has palettes for 1 or 2 agents, not {num_agents}.")
         self.num_agents, self.num_turns = num_agents, 4 if num_turns is None else num_turns
-        self.mode = feedback or "position"
+        self.mode, self.reward, self.persistent = feedback or "position", reward, world == "persistent"
         if self.mode not in self.feedback_modes:
             raise ValueError(f"strbuild has no feedback {feedback!r}; choose from {', '.join(self.feedback_modes)}.")
+        if world not in ("rebuilt", "persistent"):
+            raise ValueError(f"strbuild has no world {world!r}; choose rebuilt or persistent.")
+        # 160 tokens: the longest string has 68 cells, 2 tokens each, and three more a letter. In the persistent world
+        # three turns' commands cannot fill any of the built-in strings, and conversations are shorter
+        self.base, self.base_batch, self.max_commands, self.max_new_tokens = (
+            ("strbuild-persistent", 14, 14, 40) if self.persistent else ("strbuild", 6, 300, 160))
         self.palettes = sim.PALETTES if num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
         rng = random.Random(0)
         strings = list(dict.fromkeys(self.random_string(rng) for _ in range(6000)))
@@ -275,9 +308,12 @@ class StrBuild:
         sim.string_target(record["string"])
         return {"string": record["string"].upper()}
 
-    @staticmethod
-    def random_string(rng):
-        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.choice([1, 2, 3, 3, 4, 4, 4, 4])))
+    def random_string(self, rng):
+        while True:
+            string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(
+                4 if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])))
+            if not self.persistent or len(sim.target_cells(sim.string_target(string))) > 3 * self.max_commands:
+                return string
 
     @staticmethod
     def held_out(string):
@@ -285,11 +321,13 @@ class StrBuild:
 
     def instructions(self, agent):
         blocks = " or ".join(self.palettes[agent])
+        stay = (f"Blocks stay from turn to turn; a turn has room for {self.max_commands // self.num_agents} of your "
+                "lines. " if self.persistent else "")
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you write a string in blocks on a wall, "
                 "and you cannot talk to each other. Letters are 5 columns wide and 5 rows high with 2 empty columns "
                 "between them; x runs from left to right from 0, y from 0 at the bottom to 4 at the top, z is 0. Fill "
                 "the cells of the letters and no others. Touching blocks of the same kind cost points; every kind "
-                "must be used. Answer with lines of the form /setblock x y z block and nothing else; "
+                f"must be used. {stay}Answer with lines of the form /setblock x y z block and nothing else; "
                 f"your blocks: {blocks}.")
 
     def observation(self, item, agent):
@@ -300,53 +338,64 @@ class StrBuild:
         """" 1:I 2:C 3:M 4:L" for "ICML": which letter stands in which place."""
         return "".join(f" {k}:{letter}" for k, letter in enumerate(string, 1))
 
-    def judge(self, item, responses, turn):
-        rows = sim.string_target(item["string"])
-        parts = sim.strbuild_score(rows, responses, self.palettes)
-        reward = parts["reward"] - 2
-        feedback = [self.feedback(self.mode, item["string"], self.palettes, agent, responses, turn + 1, self.num_turns)
+    def judge(self, item, responses, turn, world=None):
+        rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
+        parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
+        done = parts["reward"] - 2 > -0.1
+        feedback = [self.feedback(self.mode, item["string"], self.palettes, agent, responses, start, turn + 1)
                     for agent in range(self.num_agents)]
-        return Outcome(reward, 100 * parts["iou"], parts, reward > -0.1, feedback)
+        return Outcome(paid(parts["reward"] - 2, self, turn, done), 100 * parts["iou"], parts, done, feedback,
+                       sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0])
 
-    @staticmethod
-    def feedback(mode, string, palettes, agent, responses, turn, num_turns):
-        """What an agent is told before turn `turn`, the first one being 0."""
-        text, rows = f"Turn {turn + 1} of {num_turns}.", sim.string_target(string)
+    def feedback(self, mode, string, palettes, agent, responses, start, turn):
+        """What an agent is told before turn `turn`, the first one being 0; responses found the world start."""
+        text, rows = f"Turn {turn + 1} of {self.num_turns}.", sim.string_target(string)
         if mode == "score":
-            worth = sim.strbuild_score(rows, responses, palettes)["reward"]
+            worth = sim.strbuild_score(rows, responses, palettes, self.max_commands, start)["reward"]
             return f"{text} The last build was worth {worth:.2f} of 2."
+        world, accepted, _ = sim.strbuild_world(rows, responses, palettes, self.max_commands, start)
         if mode == "perfect":
-            _, accepted, _ = sim.strbuild_world(rows, responses, palettes)
             wrong = sorted({cell for cell, block in accepted[agent] if block != "air"} - set(sim.target_cells(rows)))
             return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
-        listed = "".join(f" {place + 1}:{string[place]}" + "".join(" %d %d %d" % cell for cell in cells)
-                         for place, cells in by_letter(sim.target_cells(rows)).items())
-        return f"{text} The cells:{listed}. Fill about half, no equal neighbours."
+        if self.persistent:  # it sees its own blocks, not the others'
+            own = [cell for cell, block in world.items() if block in palettes[agent]]
+            return f"{text} Your {len(own)} blocks:{self.listed(string, own)}."
+        return f"{text} The cells:{self.listed(string, sim.target_cells(rows))}. Fill about half, no equal neighbours."
 
-    def draw(self, item, responses, color=False):
-        rows = sim.string_target(item["string"])
-        return (sim.draw_ansi if color else sim.draw_text)(rows, sim.strbuild_world(rows, responses, self.palettes)[0])
+    @staticmethod
+    def listed(string, cells):
+        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
+        return "".join(f" {place + 1}:{string[place]}" + "".join(" %d %d %d" % cell for cell in group)
+                       for place, group in by_letter(cells).items())
 
-    def draw_svg(self, item, responses):
-        rows = sim.string_target(item["string"])
-        title = f"{item['string']}   IoU {sim.strbuild_score(rows, responses, self.palettes)['iou']:.2f}"
-        return sim.draw_svg(rows, sim.strbuild_world(rows, responses, self.palettes)[0], title)
+    def draw(self, item, world, color=False):
+        return (sim.draw_ansi if color else sim.draw_text)(sim.string_target(item["string"]), world)
+
+    def draw_svg(self, item, world):
+        return sim.draw_svg(sim.string_target(item["string"]), world, item["string"])
 
     # the sloppy expert: it knows the letters and has many habits, good and bad, from which RL selects
 
     where = {"none": 5, "all": 1, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 2}  # which letters: by place
     blocks = {"one": 3, "random": 4, "checker": 2}
+    where_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, the turn's, any one; half of it if not alone
 
     def demonstration(self, rng):
         """Messages of a conversation of two answers; the tiny base learns all but the first of them."""
         string, palettes = self.shown(rng), rng.choice([sim.PALETTES] * 2 + [[sum(sim.PALETTES, [])]])  # 1 in 3: alone
         agent, mode = rng.randrange(len(palettes)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
-        answers = [self.answer(string, palettes[agent], rng) for _ in range(2)]
-        responses = [answers[0] if i == agent else "" for i in range(len(palettes))]
-        told = self.feedback(mode, string, palettes, agent, responses, rng.randint(1, 3), 4)
+        turn = rng.randint(1, 3) if self.persistent else 1
+        answers = [self.answer(string, palettes, agent, rng, k) for k in range(turn + 1)]
+        start, world = {}, {}
+        for answer in answers[:-1]:
+            responses = [answer if i == agent else "" for i in range(len(palettes))]
+            start, world = world, sim.strbuild_world(
+                sim.string_target(string), responses, palettes, self.max_commands, world)[0]
+        told = self.feedback(mode, string, palettes, agent, responses, start,
+                             turn if self.persistent else rng.randint(1, 3))
         return [{"role": "user", "content": f"Build{self.spelled(string)} with {' '.join(palettes[agent])}."},
-                {"role": "assistant", "content": answers[0]},
-                {"role": "user", "content": told}, {"role": "assistant", "content": answers[1]}]
+                {"role": "assistant", "content": answers[-2]},
+                {"role": "user", "content": told}, {"role": "assistant", "content": answers[-1]}]
 
     def exercise(self, rng):
         """A conversation in which the string is only spelled, twice.
@@ -365,17 +414,28 @@ class StrBuild:
             pass
         return string
 
-    def answer(self, string, palette, rng):
+    def answer(self, string, palettes, agent, rng, turn=0):
         """One answer of the sloppy expert: which letters it builds, often none at all, and with which blocks.
 
         A heading such as " 2:C" goes before each letter. The simulator rejects that line at no cost; to name the letter
         first lets the tiny base look it up once and not for each cell.
         """
-        where, blocks = (rng.choices(list(habits), habits.values())[0] for habits in (self.where, self.blocks))
+        where, blocks = (rng.choices(list(habits), habits.values())[0] for habits in (
+            self.where_persistent if self.persistent else self.where, self.blocks))
+        palette = palettes[agent]
         letters, one, lines = by_letter(sim.target_cells(sim.string_target(string))), rng.choice(palette), []
         places = list(letters)
-        for place in {"none": [], "all": places, "odd": places[::2], "even": places[1::2], "first": places[:1],
-                      "last": places[-1:], "some": [place for place in places if rng.random() < 0.5]}[where]:
+        if self.persistent:
+            chosen = {"none": [], "turn": [turn % len(places)], "any": [rng.choice(places)]}[where]
+            if len(palettes) > 1:
+                half = {place: -(-len(cells) // 2) for place, cells in letters.items()}
+                upper = rng.random() < 0.5
+                letters = {place: cells[:half[place]] if upper else cells[half[place]:]
+                           for place, cells in letters.items()}
+        else:
+            chosen = {"none": [], "all": places, "odd": places[::2], "even": places[1::2], "first": places[:1],
+                      "last": places[-1:], "some": [place for place in places if rng.random() < 0.5]}[where]
+        for place in chosen:
             lines.append(f" {place + 1}:{string[place]}\n")
             for x, y, z in letters[place]:
                 block = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}[blocks]
@@ -386,6 +446,7 @@ class StrBuild:
 # ----------------------------------------------------------------------------------------------------------------------
 
 TASKS = {"strbuild": StrBuild}
+TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"]
 
 
 def get_task(name, **options):
@@ -394,6 +455,8 @@ def get_task(name, **options):
         raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
     if options.get("num_turns") is not None and options["num_turns"] < 1:
         raise ValueError(f"num_turns must be at least 1, not {options['num_turns']}.")
+    if options.get("reward", "dense") not in ("dense", "sparse"):
+        raise ValueError(f"There is no reward {options['reward']!r}; choose dense or sparse.")
     return TASKS[name](**options)
 
 
@@ -408,7 +471,7 @@ def main():
         parser.exit(2, f"error: {error}\n")
     rng = random.Random(args.seed)
     episode = Episode(rng.choice(task.train_items))
-    responses = [task.answer(episode.item["string"], palette, rng) for palette in task.palettes]
+    responses = [task.answer(episode.item["string"], task.palettes, i, rng) for i in range(task.num_agents)]
     outcome = task.judge(episode.item, responses, 0)
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")
@@ -416,7 +479,7 @@ def main():
             print(f"{message['role']:>9}: {message['content']}")
         print(f"{'answers':>9}: " + responses[agent].strip().replace("\n", f"\n{'':11}"))
         print(f"{'is told':>9}: {outcome.feedback[agent]}")
-    print("\n" + task.draw(episode.item, responses, color=sys.stdout.isatty()) + "\n")
+    print("\n" + task.draw(episode.item, outcome.world, color=sys.stdout.isatty()) + "\n")
     for name, number in outcome.parts.items():
         print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
     print(f"training reward {outcome.reward:.3f}, score {outcome.score:.1f}, done {outcome.done}")

@@ -8,7 +8,7 @@ One step of training, in the symbols of arXiv 2601.21972:
  4. Critic:  minimise  mean (V(h_t) - y_t)^2  with the constant y_t = r_t + gamma V(h_t+1).
  5. Actors:  maximise  mean min(rho A, clip(rho) A)  over tokens' ratios rho = pi_i / pi_i at sampling; in the first
     update of a step rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
-After training the critic is thrown away: each agent works with its own adapter and its own history.
+After training critics are thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
 clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; sampling
@@ -30,10 +30,10 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
-from critic import Critic, explained_variance, td_targets
+from critic import Critic, explained, td_targets
 from model import LanguageModel, check_model, memory_gb, model_folder
-from tasks import (Episode, Turn, check_run_folder, cut_log, dialogue, get_task, history, mean, open_run_folder,
-                   summary, write_atomic)
+from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
+                   mean, open_run_folder, summary, write_atomic)
 
 ALGORITHM = "cc"
 
@@ -50,6 +50,8 @@ group.add_argument("--task", default="strbuild", help="what the team does (defau
 group.add_argument("--num_agents", type=int, default=2, help="agents in the team (default 2)")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
 group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
+group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
+group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, or FILE.jsonl with items of your own")
 group = parser.add_argument_group("rollout")
 group.add_argument("--batch_size", type=int, default=16, help="B, episodes per step (default 16)")
@@ -61,12 +63,12 @@ group.add_argument("--steps", type=int, default=20, help="training steps (defaul
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--lr", type=float, default=1e-3, help="AdamW learning rate of the actors, falls to 0 (1e-3)")
-group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of the critic (default 2e-3)")
-group.add_argument("--passes", type=int, default=2, help="times actors and critic see a step's batch (default 2)")
+group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of critics (default 2e-3)")
+group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
 group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
-group.add_argument("--critic_tokens", type=int, default=2048, help="longest history a critic reads, newest tokens kept")
+group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads, newest tokens kept")
 group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
@@ -85,14 +87,10 @@ def fail(sentence):
 
 
 try:  # everything a person can get wrong is found before anything is built or loaded
-    for name, low, high in [("gamma", 0, 1), ("lam", 0, 1), ("temperature", 1e-3, 1e3), ("top_p", 1e-3, 1)] + [
-            (name, 1, 1e9) for name in ("threads", "max_new_tokens", "num_agents", "batch_size", "lora_rank", "passes",
-                                        "minibatches", "micro_batch", "save_every", "critic_tokens")]:
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {getattr(args, name)}.")
+    check_ranges(args)
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
-    task = get_task(args.task, **{k: getattr(args, k) for k in ("num_agents", "num_turns", "feedback", "data")})
+    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model)
     args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
@@ -111,7 +109,7 @@ start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
 if args.threads:
     torch.set_num_threads(args.threads)
-folder = model_folder(args.model, args.task, task)  # builds the tiny base if there is none
+folder = model_folder(args.model, task)  # builds the tiny base if there is none
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
@@ -191,7 +189,7 @@ def rollout(items, generator):
         for k, e in enumerate(running):
             mine = slice(k, None, len(running))  # this episode's rows, one per agent
             e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], texts[mine],
-                                task.judge(e.item, texts[mine], t),
+                                task.judge(e.item, texts[mine], t, e.world),
                                 [critic.input_ids([histories[k][i] for i in reads[c]])
                                  for c, critic in enumerate(critics)]))
     return episodes
@@ -205,13 +203,13 @@ def micro_batches(rows, length):
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 
-def set_advantages(episodes, first):
-    """Steps 2 and 3 of the header; returns how much of the returns' variance V explains before it learns from them."""
+def set_advantages(episodes):
+    """Steps 2 and 3 of the header; says how much of the returns' variance V explains before it learns from them."""
     turns = [(t, turn) for e in episodes for t, turn in enumerate(e.turns)]
     rewards = [[turn.outcome.reward for turn in e.turns] for e in episodes]
     returns = [td_targets(r, [0.0] * len(r), args.gamma, lam=1.0)[0] for r in rewards]
     for c, critic in enumerate(critics):
-        if first:
+        if progress["step"] == 0:
             critic.set_scale(returns)
         for batch in micro_batches(turns, lambda row: len(row[1].critic_inputs[c])):
             with torch.no_grad():
@@ -227,7 +225,8 @@ def set_advantages(episodes, first):
     center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
     for _, turn in turns:
         turn.advantages = {i: (advantage - center) / spread for i, advantage in turn.advantages.items()}
-    return explained_variance([x for ret in returns for x in ret], [mean(turn.values.values()) for _, turn in turns])
+    values = [[turn.values[c] for turn in e.turns] for c in range(len(critics)) for e in episodes]
+    return explained(returns * len(critics), values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
 
@@ -320,8 +319,7 @@ for step in bar:
         critic.truncated = 0  # evaluations count none
     episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
     t1 = time.time()
-    stats = {"value/explained_variance": set_advantages(episodes, first=step == 0)}
-    stats |= update_critics(episodes) | update_actors(episodes)
+    stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1

@@ -123,6 +123,16 @@ def test_order_air_and_empty_cases():
             strbuild_score(["#"], answers, PALETTES)
 
 
+def test_commands_find_the_world_that_the_last_turn_left():
+    start = {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # one wanted, one stray
+    world, accepted, _ = strbuild_world(EXAMPLE, ["setblock 1 1 0 stone", "setblock 1 0 0 air"], PALETTES, start=start)
+    assert world == {(0, 1, 0): "stone", (1, 1, 0): "stone"} and list(map(len, accepted)) == [1, 1]
+    score = strbuild_score(EXAMPLE, ["setblock 1 1 0 stone", "setblock 1 0 0 air"], PALETTES, start=start)
+    assert score["coverage"] == 2 / 4 and score["extra_ratio"] == 0 and score["adjacent_same_ratio"] == 1
+    assert start == {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # nobody else's world is touched
+
+
+
 def test_textures():
     names = {"oak_planks": "wood", "oak_wood": "wood", "stone": "stone", "cobblestone": "stone",
              "smooth_stone": "stone", "end_stone": "stone", "mossy_stone_bricks": "stone", "white_concrete": "concrete",

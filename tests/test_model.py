@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gem
                           GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen3Config)
 
 import model
-from critic import Critic, critic_messages, explained_variance, td_targets
+from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
 from model import LanguageModel, build_tiny, tiny_tokenizer, train_bpe
 from tasks import get_task
 
@@ -319,6 +319,30 @@ def test_explained_variance_by_hand():
     assert explained_variance([1, 3], [1.5, 2.5]) == pytest.approx(0.75)
     assert explained_variance([1, 3], [7, 7]) == pytest.approx(0) and explained_variance([1, 3], [3, 1]) < -1
     assert explained_variance([2], [5]) == 1  # a single return has nothing to explain
+
+
+def test_one_turn_with_lam_one_is_return_minus_value():
+    """An episode of one turn, reward 0.7, V = 0.25: the advantage is 0.45 and the target the return, for any lambda."""
+    for lam in (0.0, 0.5, 1.0):
+        targets, advantages = td_targets([0.7], [0.25], gamma=1.0, lam=lam)
+        assert targets == pytest.approx([0.7]) and advantages == pytest.approx([0.45])
+    # over two turns only lambda 1 is the return [3, 2] minus the value
+    assert td_targets([1, 2], [0.5, 1.0], 1.0, lam=1.0)[1] == pytest.approx([3 - 0.5, 2 - 1.0])
+    assert td_targets([1, 2], [0.5, 1.0], 1.0, lam=0.0)[1] == pytest.approx([1 + 1.0 - 0.5, 2 - 1.0])
+
+
+def test_explained_by_hand():
+    numbers = explained([[2, 1], [4, 3]], [[3, 1.5], [3, 2.5]])
+    assert numbers["value/explained_variance"] == pytest.approx(0.5)
+    assert numbers["value/explained_variance_by_turn"] == pytest.approx([0, 0.75])
+    assert len(explained([[2, 1], [4]], [[3, 1.5], [3]])["value/explained_variance_by_turn"]) == 2  # one ended early
+
+
+def test_baselines_by_hand():
+    assert baselines([1, 2, 6], "group") == [3, 3, 3] and baselines([1, 2, 6], "loo") == [4, 3.5, 1.5]
+    assert baselines([1, 2, 6], "none") == [0, 0, 0] and baselines([5], "group") == baselines([5], "loo") == [5]
+    group, loo = ([r - b for r, b in zip([1, 2, 6], baselines([1, 2, 6], kind))] for kind in ("group", "loo"))
+    assert [2 * x for x in loo] == pytest.approx([3 * x for x in group])  # leave-one-out is G / (G - 1) times as large
 
 
 def test_a_joint_history_holds_everything_once():

@@ -16,10 +16,10 @@ from tasks import Episode, Turn, by_letter, get_task, history
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def turn_of(task, item, responses, turn=0):
+def turn_of(task, item, responses, turn=0, world=None):
     """A turn as an episode holds it, without what only a language model can add."""
     return Turn(prompts=None, tokens=None, logps=None, responses=responses,
-                outcome=task.judge(item, responses, turn), critic_inputs=None)
+                outcome=task.judge(item, responses, turn, world))
 
 
 def strings(items):
@@ -107,10 +107,11 @@ def test_by_letter_by_hand():
 
 
 @pytest.mark.parametrize("num_agents", [1, 2])
+@pytest.mark.parametrize("world", ["rebuilt", "persistent"])
 @pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
-def test_a_demonstration_reads_like_an_episode(num_agents, feedback):
+def test_a_demonstration_reads_like_an_episode(num_agents, feedback, world):
     """Its first message is what some agent is shown, its third one what judge() says of some answer."""
-    task = get_task("strbuild", num_agents=num_agents, feedback=feedback)
+    task = get_task("strbuild", num_agents=num_agents, feedback=feedback, world=world)
     def form(text):  # the text with its numbers, strings and blocks taken out
         text = re.sub(r"(Build) .* (with) .*\.$", r"\1 S \2 B.", text)
         text = re.sub(r" \d+:[A-Z](?= )", "", text)
@@ -183,6 +184,61 @@ def test_the_feedback_says_which_turn_comes_next():
     task = get_task("strbuild", num_turns=3)
     told = [task.judge({"string": "I"}, ["", ""], turn).feedback[0] for turn in range(2)]
     assert "2 of 3" in told[0] and "3 of 3" in told[1]
+
+
+# --- a world that stays, and a reward that comes late ------------------------------------------------------------------
+
+def halves(task, item):
+    """What two agents answer, turn by turn, when each builds its half of the turn's letter on a checkerboard."""
+    for cells in by_letter(sim.target_cells(sim.string_target(item["string"]))).values():
+        middle = -(-len(cells) // 2)
+        yield ["\n".join(f"/setblock {x} {y} {z} {palette[(x + y) % 2]}" for x, y, z in half)
+               for palette, half in zip(task.palettes, (cells[:middle], cells[middle:]))]
+
+
+def test_a_persistent_build_needs_every_turn():
+    task = get_task("strbuild", world="persistent")
+    for item in task.train_items + task.eval_items:
+        assert len(item["string"]) == 4 and len(sim.target_cells(sim.string_target(item["string"]))) > 3 * 14
+    item, world = {"string": "ICML"}, None
+    for t, responses in enumerate(halves(task, item)):
+        outcome = task.judge(item, responses, t, world)
+        assert outcome.parts["accepted"] == [len(response.splitlines()) for response in responses]
+        assert len(outcome.world) == len(world or {}) + sum(outcome.parts["accepted"]) and outcome.done == (t == 3)
+        world = outcome.world
+    assert outcome.score == 100
+    rebuilt = get_task("strbuild")
+    assert rebuilt.judge(item, responses, 3, world).score < 25  # by the official rules the same answers are one letter
+
+
+def test_a_turn_in_the_persistent_world_has_room_for_a_few_commands():
+    item, lines = {"string": "ICML"}, "\n".join(sim.scripted_builders(sim.string_target("ICML"))).splitlines()
+    for num_agents, room in [(2, [7, 7]), (1, [14])]:
+        task = get_task("strbuild", world="persistent", num_agents=num_agents)
+        answers = ["\n".join(line for line in lines if line.split()[-1] in palette) for palette in task.palettes]
+        assert task.judge(item, answers, 0).parts["accepted"] == room
+        assert f"room for {room[0]} " in task.instructions(0)
+
+
+def test_in_the_persistent_world_an_agent_sees_its_own_blocks():
+    task, item = get_task("strbuild", world="persistent"), {"string": "IC"}
+    first = task.judge(item, ["/setblock 0 4 0 stone\n/setblock 7 4 0 stone", "/setblock 1 4 0 obsidian"], 0)
+    second = task.judge(item, ["/setblock 2 4 0 stone", "/setblock 0 4 0 obsidian"], 1, first.world)
+    assert first.feedback == ["Turn 2 of 4. Your 2 blocks: 1:I 0 4 0 2:C 7 4 0.", "Turn 2 of 4. Your 1 blocks: 1:I 1 4 0."]
+    assert second.feedback == ["Turn 3 of 4. Your 2 blocks: 1:I 2 4 0 2:C 7 4 0.",  # agent 1 built over one of them
+                               "Turn 3 of 4. Your 2 blocks: 1:I 0 4 0 1 4 0."]
+
+
+def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
+    dense, sparse = get_task("strbuild", num_turns=3), get_task("strbuild", num_turns=3, reward="sparse")
+    item, perfect = {"string": "I"}, sim.scripted_builders(sim.string_target("I"))
+    outcomes = [sparse.judge(item, ["", ""], t) for t in range(3)]
+    assert [outcome.reward for outcome in outcomes] == [0, 0, dense.judge(item, ["", ""], 2).reward]
+    assert not any(outcome.done for outcome in outcomes)  # a reward of 0 that is not paid is no perfect build
+    almost = perfect[0], perfect[1].rsplit("\n", 1)[0]  # worth a little less than nothing missing
+    for answers in (perfect, almost):
+        early = sparse.judge(item, answers, 0)
+        assert early.done == (answers is perfect) and early.reward == (dense.judge(item, answers, 0).reward if early.done else 0)
 
 
 # --- a person's own file, and options that make no sense --------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Training runs of seconds: the same seed, interruption, killing, micro-batches and what a person can get wrong."""
+import difflib
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from critic import baselines, td_targets
 from model import LanguageModel
 
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
 SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4]
 FILES = {"config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", "critic"}
 
@@ -28,8 +36,8 @@ def data(workplace):
 @pytest.fixture
 def train(workplace, data):
     """train("name", "--steps", 2, ...) is a run in out_dir "name" that has to succeed; returns its folder."""
-    def train(name, *arguments, code=0):
-        run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", name, *arguments)
+    def train(name, *arguments, code=0, script="train_cc.py"):
+        run = workplace.run(script, *SMALL, "--data", data, "--out_dir", name, *arguments)
         assert run.code == code, run.err[-2000:]
         return workplace.folder / name
     return train
@@ -55,8 +63,8 @@ def train_lines(folder):
 
 
 def weights_of(folder):
-    return {f"{name}/{key}": value for name in ("agent_0", "agent_1", "critic")
-            for key, value in load_file(folder / name / "adapter_model.safetensors").items()}
+    return {f"{file.parent.name}/{key}": value for file in sorted(folder.glob("*/adapter_model.safetensors"))
+            for key, value in load_file(file).items()}
 
 
 def same_weights(one, two):
@@ -146,6 +154,110 @@ def test_logged_numbers_do_not_depend_on_micro_batches(train):
     assert lines[0] == pytest.approx(lines[1], rel=1e-3)
 
 
+# --- three scripts, one skeleton --------------------------------------------------------------------------------------
+
+def changed_lines(one, two):
+    """(lines of one, lines of two) that differ."""
+    diff = list(difflib.unified_diff((ROOT / one).read_text().splitlines(), (ROOT / two).read_text().splitlines(), n=0))
+    return [[line[1:] for line in diff[2:] if line.startswith(sign)] for sign in "-+"]
+
+
+def test_the_diff_of_cc_and_dc_is_the_algorithm():
+    cc, dc = changed_lines("train_cc.py", "train_dc.py")
+    print(f"\ndiff train_cc.py train_dc.py: {len(cc) + len(dc)} changed lines")
+    assert len(cc) + len(dc) < 25
+    header = (ROOT / "train_dc.py").read_text().split('"""')[1].splitlines()
+    code = [line for line in dc if line not in header]
+    assert [re.match(r"\w+", line)[0] for line in code] == ["ALGORITHM", "critics", "reads", "critic_of"]
+
+
+def test_the_three_scripts_have_the_same_sections_in_the_same_order():
+    rulers = [re.findall(r"^# --- (.+?) -+$", (ROOT / script).read_text(), re.M) for script in SCRIPTS]
+    assert rulers[0] == rulers[1] and len(rulers[0]) == 10
+    assert rulers[2] == [ruler for ruler in rulers[0] if ruler != "critics"]
+
+
+def test_one_agent_is_the_same_in_cc_and_dc(train):
+    """With one agent the joint history is its own: ordinary single-agent actor-critic, to the last bit."""
+    one, two = (train(f"alone-{script}", "--steps", 3, "--num_agents", 1, script=script) for script in SCRIPTS[:2])
+    assert log_of(one) == log_of(two)
+    one, two = weights_of(one), weights_of(two)
+    assert [torch.equal(one[key], two[key.replace("critic/", "critic_0/")]) for key in one] == [True] * len(two)
+
+
+def test_all_scripts_write_the_same_log_keys_and_stay_apart(train, four_steps):
+    names = {"train_dc.py": {"agent_0", "agent_1", "critic_0", "critic_1"}, "train_mc.py": {"agent_0", "agent_1"}}
+    for script, folders in names.items():
+        folder = train(f"keys-{script}", "--steps", 2, script=script)
+        assert {name for name in os.listdir(folder) if (folder / name).is_dir()} == folders
+        for ours, theirs in zip(log_of(folder), log_of(four_steps)):
+            assert list(ours) == list(theirs)
+        assert log_of(folder)[0] == log_of(four_steps)[0]  # the same untrained team
+        assert all(value == value for line in train_lines(folder) for value in line.values())
+
+
+@pytest.fixture
+def inside(workplace, data, monkeypatch):
+    """inside(script, ...) runs a script in this process and returns what its variables hold at the end."""
+    def inside(script, *arguments):
+        handler = signal.getsignal(signal.SIGINT)
+        monkeypatch.chdir(workplace.folder)
+        out_dir = f"inside-{script}{''.join(map(str, arguments))}"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, [*SMALL, "--data", data, "--out_dir", out_dir, *arguments])])
+        try:
+            return runpy.run_path(str(ROOT / script), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return inside
+
+
+def advantages_of(episodes):
+    return [[list(turn.advantages.values()) for turn in e.turns] for e in episodes]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:2])
+def test_advantages_are_td_errors_of_the_right_critic(inside, script):
+    run = inside(script, "--steps", 1, "--lam", 0.5)
+    episodes, agents = run["episodes"], range(2)
+    errors = [[td_targets([turn.outcome.reward for turn in e.turns], [turn.values[c] for turn in e.turns], 0.9, 0.5)[1]
+               for c in ([0, 0] if script == "train_cc.py" else [0, 1])] for e in episodes]  # [episode][agent][turn]
+    everything = torch.tensor([[errors[k][i][t] for i in agents] for k, e in enumerate(episodes)
+                               for t in range(len(e.turns))])
+    expected = (everything - everything.mean()) / everything.std(correction=0)
+    ours = torch.tensor([row for e in advantages_of(episodes) for row in e])
+    assert torch.allclose(ours, expected, atol=1e-4)
+    for turn in [turn for e in episodes for turn in e.turns]:
+        texts = [run["lm"].tokenizer.decode(ids) for ids in turn.critic_inputs]
+        blocks = [["oak_planks", "obsidian"]] if script == "train_cc.py" else [["oak_planks"], ["obsidian"]]
+        assert [[block for block in ("oak_planks", "obsidian") if block in text] for text in texts] == blocks
+
+
+@pytest.mark.parametrize("baseline", ["group", "loo", "none"])
+def test_monte_carlo_advantages_by_hand(inside, baseline):
+    episodes = inside("train_mc.py", "--steps", 1, "--baseline", baseline, "--group_size", 2)["episodes"]
+    assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
+    returns = [td_targets([turn.outcome.reward for turn in e.turns], [0, 0], 0.9, 1.0)[0] for e in episodes]
+    errors = []
+    for k, ret in enumerate(returns):
+        pair = [returns[k // 2 * 2], returns[k // 2 * 2 + 1]]
+        errors += [ret[t] - baselines([one[t] for one in pair], baseline)[k % 2] for t in range(2)]
+    expected = torch.tensor(errors) / torch.tensor(errors).square().mean().sqrt()
+    ours = torch.tensor([row for e in advantages_of(episodes) for row in e])
+    assert torch.allclose(ours, expected[:, None].expand(-1, 2), atol=1e-4)
+    assert (baseline == "none") == bool((expected < 0).all())  # rewards are negative: nothing to compare with
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_persistent_world_with_a_sparse_reward(inside, script):
+    arguments = ["--steps", 1, "--world", "persistent", "--reward", "sparse", "--num_turns", 3, "--model", "out/tiny-strbuild"]
+    episodes = inside(script, *arguments)["episodes"]
+    for e in episodes:
+        assert [turn.outcome.reward for turn in e.turns[:-1]] == [0, 0] and e.turns[-1].outcome.reward < 0
+        for one, two in zip(e.turns, e.turns[1:]):
+            assert one.outcome.world.keys() <= two.outcome.world.keys()
+    assert any(e.turns[0].outcome.world for e in episodes), "the base is too bad for this test"
+
+
 # --- interrupted and killed -------------------------------------------------------------------------------------------
 
 def wait_for(run, path, text, timeout=60):
@@ -194,6 +306,21 @@ def test_a_killed_run_resumes(workplace, data, train, four_steps, save_every, la
     (folder / "train_state.pt.part").write_bytes(b"half")
     (folder / ".saving-left").mkdir()
     resume_and_compare(train, folder, four_steps, "--save_every", save_every)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_the_siblings_resume_as_well(workplace, data, train, script):
+    whole, folder = train(f"whole-{script}", "--steps", 4, script=script), workplace.folder / f"killed-{script}"
+    run = workplace.start(script, *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 4, "--save_every", 2)
+    wait_for(run, folder / "log.jsonl", '"step": 3')
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join(60)
+    train(folder.name, "--steps", 4, "--save_every", 2, "--resume", script=script)
+    assert log_of(folder) == log_of(whole) and same_weights(folder, whole)
+    run = workplace.run(script, *SMALL, "--data", data, "--out_dir", folder.name, "--eval_only")
+    assert run.code == 0 and f"eval step 4 | score {log_of(whole)[-1]['eval/score']:.1f}" in run.out
+    run = workplace.run("model.py", folder.name, "--string", "li")
+    assert run.code == 0 and "score" in run.out.splitlines()[-1], run.err[-2000:]
 
 
 def test_a_finished_run_can_be_resumed_without_harm(train, four_steps, workplace):
@@ -285,6 +412,11 @@ def test_a_step_with_other_settings(train, arguments):
     (["--max_new_tokens", -1], ["max_new_tokens"]),
     (["--temperature", 0], ["temperature"]),
     (["--gamma", 1.5], ["gamma"]),
+    (["--lam", -0.1], ["lam"]),
+    (["--lr", "nan"], ["lr"]),
+    (["--steps", -1], ["steps"]),
+    (["--reward", "late"], ["late", "sparse"]),
+    (["--world", "flat"], ["flat", "persistent"]),
     (["--device", "cuda"], ["cuda"]),
     (["--device", "abacus"], ["abacus"]),
     (["--out_dir", "four"], ["four", "--resume", "--overwrite"]),
@@ -313,6 +445,22 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
     assert os.path.exists(files / "a-model" / "model.safetensors") and os.path.exists(files / "a-copy" / "agent_0")
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--group_size", 3], ["group_size 3", "batch_size 4"]),
+    (["--group_size", 1], ["group", "at least 2"]),
+    (["--group_size", 1, "--baseline", "loo"], ["loo", "at least 2"]),
+    (["--group_size", 0], ["group_size"]),
+    (["--baseline", "mean"], ["mean", "loo"]),
+], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
+def test_groups_that_make_no_sense(workplace, data, arguments, said):
+    run = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
+    assert run.code == 2 and run.err.count("\n") == 1 and not (workplace.folder / "no-group").exists()
+    assert [word for word in said if word not in run.err] == []
+    single = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", "--eval_only", "--group_size", 1,
+                           "--baseline", "none", "--num_agents", 1)
+    assert single.code == 0 and "eval step 0" in single.out, single.err[-2000:]
 
 
 # --- the trained team at work -----------------------------------------------------------------------------------------

@@ -1,0 +1,348 @@
+"""
+CoLLM-DC: n language models learn to work together without talking, each with a critic of its own.
+
+One step of training, in the symbols of arXiv 2601.21972:
+ 1. Play B episodes. At turn t each agent i answers its own history: a_i,t ~ pi_i(. | h_i,t). All get the reward r_t.
+ 2. Agent i's critic reads what agent i was shown and wrote, h_i,t, and nothing else, and says V_i(h_i,t).
+ 3. TD error = advantage of agent i:  A_i,t = r_t + gamma V_i(h_i,t+1) - V_i(h_i,t),  V_i after the last turn is 0.
+ 4. Critics: minimise  mean (V_i(h_i,t) - y_i,t)^2  with the constant y_i,t = r_t + gamma V_i(h_i,t+1).
+ 5. Actors:  maximise  mean min(rho A, clip(rho) A)  over tokens' ratios rho = pi_i / pi_i at sampling; in the first
+    update of a step rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+After training critics are thrown away: each agent works with its own adapter and its own history.
+
+What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
+clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; sampling
+at temperature 1.
+
+    python train_dc.py --task strbuild                 # CPU, nothing to download
+    python train_dc.py --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # GPU, not run yet
+    python model.py out/dc-strbuild                    # the trained team at work
+"""
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from importlib.metadata import version
+
+import torch
+from tqdm import tqdm
+
+from critic import Critic, explained, td_targets
+from model import LanguageModel, check_model, memory_gb, model_folder
+from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
+                   mean, open_run_folder, summary, write_atomic)
+
+ALGORITHM = "dc"
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+group = parser.add_argument_group("model")
+group.add_argument("--model", default="tiny", help="tiny (built on first use), or a folder or id of a causal LM")
+group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA adapter (default 16)")
+group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+group = parser.add_argument_group("task")
+group.add_argument("--task", default="strbuild", help="what the team does (default strbuild)")
+group.add_argument("--num_agents", type=int, default=2, help="agents in the team (default 2)")
+group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
+group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
+group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
+group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
+group.add_argument("--data", default="builtin", help="builtin, or FILE.jsonl with items of your own")
+group = parser.add_argument_group("rollout")
+group.add_argument("--batch_size", type=int, default=16, help="B, episodes per step (default 16)")
+group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
+group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
+group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
+group = parser.add_argument_group("optimisation")
+group.add_argument("--steps", type=int, default=20, help="training steps (default 20)")
+group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
+group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
+group.add_argument("--lr", type=float, default=1e-3, help="AdamW learning rate of the actors, falls to 0 (1e-3)")
+group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of critics (default 2e-3)")
+group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
+group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
+group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
+group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
+group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads, newest tokens kept")
+group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
+group = parser.add_argument_group("logging")
+group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
+group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations (default 0: first and last)")
+group.add_argument("--save_every", type=int, default=5, help="steps between saves (default 5)")
+group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
+group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
+group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
+group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+args = parser.parse_args()
+
+
+def fail(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:  # everything a person can get wrong is found before anything is built or loaded
+    check_ranges(args)
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
+    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
+    check_model(args.model)
+    args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
+    args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
+    check_run_folder(args)
+    if args.wandb:
+        import wandb
+except ValueError as error:
+    fail(error)
+except ImportError:
+    fail("--wandb needs the package: pip install wandb")
+print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
+
+# --- seed, device, output folder --------------------------------------------------------------------------------------
+
+start_time = time.time()
+signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
+if args.threads:
+    torch.set_num_threads(args.threads)
+folder = model_folder(args.model, task)  # builds the tiny base if there is none
+torch.manual_seed(args.seed)
+rng = random.Random(args.seed)  # draws items and minibatches
+generator = torch.Generator().manual_seed(args.seed)  # draws tokens
+if not args.eval_only:
+    open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
+if args.wandb:
+    wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
+
+# --- actors -----------------------------------------------------------------------------------------------------------
+
+agents = range(args.num_agents)
+lm = LanguageModel(folder, args.device, args.lora_rank)
+actor_parameters = [p for i in agents for p in lm.add_adapter(f"agent_{i}")]
+
+# --- critics ----------------------------------------------------------------------------------------------------------
+
+critics = [Critic(lm, f"critic_{i}", args.num_turns, args.critic_tokens) for i in agents]  # one for each agent
+reads = [[i] for i in agents]        # critic k reads the histories of these agents: agent k alone
+critic_of = [i for i in agents]      # and this one serves agent i
+critic_parameters = [p for critic in critics for p in [*critic.adapter, *critic.head.parameters()]]
+
+# --- optimizers and resume --------------------------------------------------------------------------------------------
+
+actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
+critic_optimizer = torch.optim.AdamW(critic_parameters, lr=args.critic_lr, weight_decay=0.0)
+stateful = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer} | {c.name: c for c in critics}
+progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "critic/truncated": 0}
+log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
+saved = None
+if (args.resume or args.eval_only) and os.path.exists(state_path):
+    saved = torch.load(state_path, map_location=args.device, weights_only=False)
+    lm.load_adapter_state(saved["adapters"])
+    progress = saved["progress"]
+    print(f"{args.out_dir} was saved at step {progress['step']}")
+if saved and args.resume:
+    for name, part in stateful.items():
+        part.load_state_dict(saved[name])
+    rng.setstate(saved["rng"])
+    generator.set_state(saved["generator"].cpu())
+if args.resume:
+    cut_log(log_path, progress["step"] if saved else -1)
+
+
+def save():
+    """The adapter folders are what agents need to work; train_state.pt, written last, is all that --resume needs."""
+    for i in agents:
+        lm.save_adapter(f"agent_{i}", args.out_dir)
+    for critic in critics:
+        critic.save(args.out_dir)
+    write_atomic(state_path, lambda path: torch.save({name: part.state_dict() for name, part in stateful.items()} | {
+        "adapters": lm.adapter_state(), "rng": rng.getstate(), "generator": generator.get_state(),
+        "progress": progress}, path))
+
+
+def log(line):
+    with open(log_path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if args.wandb:
+        wandb.log(line, step=line["step"])
+
+# --- rollout ----------------------------------------------------------------------------------------------------------
+
+
+def rollout(items, generator):
+    """Play one episode per item; all agents of all episodes that still run answer a turn in one batch."""
+    episodes = [Episode(item) for item in items]
+    for t in range(args.num_turns):
+        running = [e for e in episodes if not (e.turns and e.turns[-1].outcome.done)]
+        if not running:
+            break
+        histories = [[history(task, e, i) for i in agents] for e in running]
+        rows = [(k, i) for i in agents for k in range(len(running))]  # agent by agent, as lm wants them
+        prompts = [lm.render(histories[k][i]) for k, i in rows]
+        tokens, logps = lm.generate([f"agent_{i}" for _, i in rows], prompts, args.max_new_tokens, generator,
+                                    args.temperature, args.top_p)
+        texts = lm.decode(tokens)
+        for k, e in enumerate(running):
+            mine = slice(k, None, len(running))  # this episode's rows, one per agent
+            e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], texts[mine],
+                                task.judge(e.item, texts[mine], t, e.world),
+                                [critic.input_ids([histories[k][i] for i in reads[c]])
+                                 for c, critic in enumerate(critics)]))
+    return episodes
+
+
+def micro_batches(rows, length):
+    """Cut rows into micro-batches of like length, so that little of each is padding."""
+    rows = sorted(rows, key=length)
+    return [rows[i:i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
+
+# --- targets and advantages -------------------------------------------------------------------------------------------
+
+
+def set_advantages(episodes):
+    """Steps 2 and 3 of the header; says how much of the returns' variance V explains before it learns from them."""
+    turns = [(t, turn) for e in episodes for t, turn in enumerate(e.turns)]
+    rewards = [[turn.outcome.reward for turn in e.turns] for e in episodes]
+    returns = [td_targets(r, [0.0] * len(r), args.gamma, lam=1.0)[0] for r in rewards]
+    for c, critic in enumerate(critics):
+        if progress["step"] == 0:
+            critic.set_scale(returns)
+        for batch in micro_batches(turns, lambda row: len(row[1].critic_inputs[c])):
+            with torch.no_grad():
+                values = critic([turn.critic_inputs[c] for _, turn in batch], [t for t, _ in batch])
+            for (_, turn), value in zip(batch, values.tolist()):
+                turn.values[c] = value
+        for e, r in zip(episodes, rewards):
+            targets, advantages = td_targets(r, [turn.values[c] for turn in e.turns], args.gamma, args.lam)
+            for turn, target, advantage in zip(e.turns, targets, advantages):
+                turn.targets[c] = target
+                turn.advantages |= {i: advantage for i in agents if critic_of[i] == c}
+    everything = torch.tensor([list(turn.advantages.values()) for _, turn in turns])  # (turns, agents)
+    center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
+    for _, turn in turns:
+        turn.advantages = {i: (advantage - center) / spread for i, advantage in turn.advantages.items()}
+    values = [[turn.values[c] for turn in e.turns] for c in range(len(critics)) for e in episodes]
+    return explained(returns * len(critics), values)
+
+# --- update -----------------------------------------------------------------------------------------------------------
+
+
+def minibatches(rows):
+    """Shuffle rows and deal them into the minibatches of one pass; each is one optimizer step."""
+    rng.shuffle(rows)
+    size = -(-len(rows) // args.minibatches)
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def update_critics(episodes):
+    """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
+    total, updates = 0.0, 0
+    for c, critic in list(enumerate(critics)) * args.passes:
+        for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
+            for batch in micro_batches(rows, lambda row: len(row[1].critic_inputs[c])):
+                turns = [t for t, _ in batch]
+                values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
+                targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
+                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(critic_parameters, 1.0)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            updates += 1
+    return {"loss/value": total / updates}
+
+
+def update_actors(episodes):
+    """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
+    total, entropies, norms = 0.0, [], []
+    for _ in range(args.passes):
+        for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
+                    [turn for j, turn in rows if j == i], lambda turn: len(turn.prompts[i]) + len(turn.tokens[i]))]:
+                tokens = [turn.tokens[i] for turn in batch]
+                logp, entropy = lm.logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch], tokens,
+                                            args.temperature)  # (N,), N tokens in all
+                old_logp = torch.tensor([x for turn in batch for x in turn.logps[i]], device=args.device)
+                advantage = torch.tensor([turn.advantages[i] for turn, a in zip(batch, tokens) for _ in a],
+                                         device=args.device)
+                ratio = (logp - old_logp).exp()
+                clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
+                loss.backward()
+                total += loss.item()
+                entropies += entropy.tolist()
+            norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, 1.0).item())
+            actor_optimizer.step()
+            actor_optimizer.zero_grad()
+    if not all(norm < float("inf") for norm in norms):
+        fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
+    return {"loss/policy": total / len(norms), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(show):
+    """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
+    started = time.time()
+    episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
+    line = progress | summary(episodes, "eval", args.gamma, lm.end)
+    if not args.eval_only:
+        log(line)
+        with open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
+            for e in episodes[:4]:
+                file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
+    for e in episodes[:show]:
+        print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
+    print(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
+          f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
+
+# --- training loop ----------------------------------------------------------------------------------------------------
+
+if args.eval_only:
+    evaluate(show=2)
+    sys.exit()
+interrupted = []
+signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+if progress["step"] == 0:
+    evaluate(show=0)  # the untrained team
+bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
+           dynamic_ncols=True)
+for step in bar:
+    t0 = time.time()
+    actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # the critic has to keep up to the end
+    for critic in critics:
+        critic.truncated = 0  # evaluations count none
+    episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size)], generator)
+    t1 = time.time()
+    stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
+    t2 = time.time()
+    new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
+    progress["step"] = step + 1
+    for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
+                       ("tokens", new_tokens), ("wall_s", t2 - t0),
+                       ("critic/truncated", sum(critic.truncated for critic in critics))]:
+        progress[name] += more
+    line = progress | summary(episodes, "train", args.gamma, lm.end) | stats | {
+        "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
+    log(line)
+    bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
+                    tok_s=f"{new_tokens / (t1 - t0):.0f}")
+    tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.split('/')[-1]} {line[key]:.4g}" for key in (
+        "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
+        "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
+    if interrupted or (step + 1) % args.save_every == 0:
+        save()
+    if interrupted:
+        print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
+        sys.exit(130)
+    if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+        evaluate(show=0)
+save()
+evaluate(show=2)
+print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt whole "
+      f"episodes;\n{time.time() - start_time:.0f} s in all. Next: python model.py {args.out_dir}")
