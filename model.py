@@ -44,8 +44,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the tiny base
+# --- the tiny base ----------------------------------------------------------------------------------------------------
 
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 # the tiny base knows the rules from its demonstrations, so its template leaves the system message out
@@ -175,8 +174,7 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the base and its adapters
+# --- the base and its adapters ----------------------------------------------------------------------------------------
 
 
 class RoomyLayer(DynamicLayer):
@@ -298,11 +296,13 @@ class LanguageModel:
         generator: a CPU torch.Generator; one number per row and step is drawn from it.
         """
         B, P, device = len(prompts), max(map(len, prompts)), self.device
-        ids = torch.tensor([[self.pad] * (P - len(p)) + p for p in prompts], device=device)  # (B, P), left-padded
-        mask = torch.ones(B, P + max_new_tokens, dtype=torch.bool)  # 1 = may be attended to
-        for row, prompt in enumerate(prompts):
-            mask[row, :P - len(prompt)] = False
-        mask = mask.to(device)
+        rows = list(zip(names, map(tuple, prompts)))
+        once = {key: k for k, key in enumerate(dict.fromkeys(rows))}  # a prompt that a group shares is read once
+        copies = torch.tensor([once[key] for key in rows], device=device) if len(once) <= B / 2 else None
+        first, shown = zip(*(rows if copies is None else once))
+        ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in shown], device=device)  # (B, P), left-padded
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + max_new_tokens) for p in shown],
+                            dtype=torch.bool, device=device)  # 1 = may be attended to
         position = (mask[:, :P].long().cumsum(1) - 1).clamp(min=0)  # (B, P)
         cache = Cache(layer_class_to_replicate=RoomyLayer)
         tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
@@ -312,9 +312,12 @@ class LanguageModel:
         self.fold(names)
         for t in range(max_new_tokens):
             attend = mask[:, None, None, :P + t] if t and self.kernel_mask else mask[:, :P + t]
-            with self.rows(names):
+            with self.rows(names if t else first):
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
                                         past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
+            if copies is not None:
+                logits, mask, position = logits[copies], mask[copies], position[copies]
+                copies = cache.batch_select_indices(copies)  # None: done
             logp = (logits.float() / temperature).log_softmax(-1)
             kept = logp.exp()
             if top_p < 1:
@@ -383,8 +386,7 @@ class LanguageModel:
                 os.replace(os.path.join(build, name, file), os.path.join(out_dir, name, file))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# decentralised execution
+# --- decentralised execution ------------------------------------------------------------------------------------------
 
 
 def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, top_p):
@@ -393,8 +395,9 @@ def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, 
     lm = LanguageModel(folder)
     lm.add_adapter(f"agent_{agent}", os.path.join(out_dir, f"agent_{agent}"))
     generator = torch.Generator().manual_seed(seed * 1000 + agent)
-    while (messages := connection.recv()) is not None:
-        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature, top_p)
+    while True:  # until the parent, done, ends its children
+        prompt = lm.render(connection.recv())
+        tokens, _ = lm.generate([f"agent_{agent}"], [prompt], limit, generator, temperature, top_p)
         connection.send(lm.decode(tokens)[0])
 
 
@@ -439,8 +442,6 @@ def main():
         episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t, episode.world)))
         if episode.turns[-1].outcome.done:
             break
-    for pipe in pipes:
-        pipe.send(None)
     print(dialogue(task, episode, sys.stdout.isatty()))
     print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns")
 

@@ -43,8 +43,7 @@ from dataclasses import dataclass, field
 
 import minecraft_sim as sim
 
-# ----------------------------------------------------------------------------------------------------------------------
-# episodes
+# --- episodes ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -170,8 +169,7 @@ def read_jsonl(path, check):
     return items["train"], items["eval"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# run folders
+# --- run folders ------------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path, write):
@@ -252,8 +250,7 @@ def open_run_folder(args, versions):
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# strbuild: write a string in blocks
+# --- strbuild: write a string in blocks -------------------------------------------------------------------------------
 
 
 def by_letter(cells):
@@ -443,7 +440,7 @@ class StrBuild:
         return "".join(lines) or "nothing\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --- all tasks, and python tasks.py -----------------------------------------------------------------------------------
 
 TASKS = {"strbuild": StrBuild}
 TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"]

@@ -293,6 +293,19 @@ def test_a_row_samples_the_same_alone_and_in_company(folder):
     assert three[:4] == one[:4] and three[4:] != one[4:]
 
 
+def test_a_prompt_that_a_group_shares_is_read_once(folder):
+    """Each copy goes its own way from there, and its log-probabilities are those of its own row."""
+    lm, reads = team(folder), []
+    one, two, other = prompts_of(lm, 3)
+    names, prompts = ["agent_0"] * 6 + ["agent_1"] * 4, [one, two, one, one, two, one] + [one, other, other, other]
+    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(len(inputs[0])))
+    tokens, logps = lm.generate(names, prompts, 8, torch.Generator().manual_seed(0))
+    hook.remove()
+    assert reads[:2] == [4, 10]  # four distinct rows are read, ten go on
+    again, _ = lm.logprobs(names, prompts, tokens)
+    assert torch.allclose(torch.tensor(sum(logps, [])), again, atol=1e-4) and len(set(map(tuple, tokens))) > 4
+
+
 # --- the critic -------------------------------------------------------------------------------------------------------
 
 def test_td_targets_by_hand():

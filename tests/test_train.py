@@ -190,8 +190,8 @@ def test_all_scripts_write_the_same_log_keys_and_stay_apart(train, four_steps):
     for script, folders in names.items():
         folder = train(f"keys-{script}", "--steps", 2, script=script)
         assert {name for name in os.listdir(folder) if (folder / name).is_dir()} == folders
-        for ours, theirs in zip(log_of(folder), log_of(four_steps)):
-            assert list(ours) == list(theirs)
+        for line in (0, 1, -1):  # an evaluation, a training step, an evaluation
+            assert log_of(folder)[line].keys() == log_of(four_steps)[line].keys()
         assert log_of(folder)[0] == log_of(four_steps)[0]  # the same untrained team
         assert all(value == value for line in train_lines(folder) for value in line.values())
 
@@ -228,8 +228,8 @@ def test_advantages_are_td_errors_of_the_right_critic(inside, script):
     assert torch.allclose(ours, expected, atol=1e-4)
     for turn in [turn for e in episodes for turn in e.turns]:
         texts = [run["lm"].tokenizer.decode(ids) for ids in turn.critic_inputs]
-        blocks = [["oak_planks", "obsidian"]] if script == "train_cc.py" else [["oak_planks"], ["obsidian"]]
-        assert [[block for block in ("oak_planks", "obsidian") if block in text] for text in texts] == blocks
+        shown = [[0, 1]] if script == "train_cc.py" else [[0], [1]]  # what each critic is shown of whom
+        assert [[i for i in agents if f"with {' '.join(run['task'].palettes[i])}" in text] for text in texts] == shown
 
 
 @pytest.mark.parametrize("baseline", ["group", "loo", "none"])
@@ -248,14 +248,18 @@ def test_monte_carlo_advantages_by_hand(inside, baseline):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_persistent_world_with_a_sparse_reward(inside, script):
+def test_the_persistent_world_with_a_sparse_reward(inside, workplace, script):
     arguments = ["--steps", 1, "--world", "persistent", "--reward", "sparse", "--num_turns", 3, "--model", "out/tiny-strbuild"]
-    episodes = inside(script, *arguments)["episodes"]
+    run = inside(script, *arguments)
+    episodes = run["episodes"]
     for e in episodes:
         assert [turn.outcome.reward for turn in e.turns[:-1]] == [0, 0] and e.turns[-1].outcome.reward < 0
         for one, two in zip(e.turns, e.turns[1:]):
             assert one.outcome.world.keys() <= two.outcome.world.keys()
     assert any(e.turns[0].outcome.world for e in episodes), "the base is too bad for this test"
+    if script == "train_mc.py":  # one is enough: playing does not know how a team was trained
+        play = workplace.run("model.py", run["args"].out_dir)
+        assert play.code == 0 and "blocks:" in play.out and play.out.count("reward 0.000") == 2, play.err[-2000:]
 
 
 # --- interrupted and killed -------------------------------------------------------------------------------------------

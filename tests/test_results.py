@@ -1,0 +1,29 @@
+"""The comparison of methods: its arithmetic, and that README's links point at the lines that they name."""
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+compare = runpy.run_path(str(ROOT / "results" / "compare.py"))
+
+
+def test_permutation_test_by_hand():
+    p = compare["permutation_p"]
+    assert p([1, 2], [3, 4]) == pytest.approx(2 / 6)  # the example in its docstring
+    assert p([1, 2, 3, 4, 5], [11, 12, 13, 14, 15]) == pytest.approx(2 / 252)
+    assert p([1, 4], [2, 3]) == 1 and p([1, 1], [1, 1]) == 1
+
+
+def test_holm_by_hand():
+    corrected = compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert compare["holm"]({"a": 0.5, "b": 0.9})["b"] == 1.0
+
+
+def test_links_of_the_readme_point_at_the_lines_that_they_name():
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 6
+    wrong = [link for link in links if link[0] not in (ROOT / link[1]).read_text().splitlines()[int(link[2]) - 1]]
+    assert not wrong
