@@ -22,6 +22,9 @@ One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 backgro
     python minecraft_sim.py LLM --svg llm.svg     # another string, and an isometric picture of it
 """
 import argparse
+import collections
+import itertools
+import math
 import re
 import string
 import sys
@@ -194,6 +197,109 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
             "iou": covered / (len(target) + extra) if target or extra else 0.0,
             "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
             "missing_palettes": missing, "accepted": [len(commands) for commands in accepted]}
+
+
+# --- housebuild -------------------------------------------------------------------------------------------------------
+
+HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # every agent's
+
+
+def house_target(layers, inventory):
+    """{(x, y, z): block} of a blueprint, air left out: layers is {y: rows of letters}, row z, column x.
+
+    {0: ["AB", ".A"]} with {"A": "planks", "B": "obsidian"} is planks at (0, 0, 0) and (1, 0, 1) and obsidian at
+    (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter that it lacks raises ValueError.
+    """
+    inventory = {".": "air"} | inventory
+    letters = {(x, y, z): letter for y, rows in layers.items() for z, row in enumerate(rows)
+               for x, letter in enumerate(row)}
+    unknown = sorted(set(letters.values()) - inventory.keys())
+    if unknown:
+        raise ValueError(f"The letter {unknown[0]!r} of the blueprint is not in the inventory.")
+    return {cell: inventory[letter] for cell, letter in letters.items() if inventory[letter] not in EMPTY}
+
+
+def block_limits(target, num_agents):
+    """How many blocks of each kind one agent may use up: 10 in the target and two agents give 5 + 2 = 7 each."""
+    counts = collections.Counter(target.values())
+    return {block: -(-count // num_agents) + count // (2 * num_agents) for block, count in counts.items()}
+
+
+def read_house_commands(response, bbox, share, limits=None):
+    r"""Split one agent's answer into accepted and rejected commands: [(low, high, block), ...], [(line, reason), ...].
+
+    low and high are corners, both inside the box; an accepted kill is None. limits is {block: how many the agent may
+    use}, None for no limit. "fill 1 0 0 0 0 0 planks\n/kill @e\nfill 0 0 0 0 0 0 obsidian" with bbox ((0, 0, 0),
+    (1, 1, 1)) and {"planks": 2} gives [((0, 0, 0), (1, 0, 0), "planks"), None] and the last line, "too few blocks".
+    """
+    accepted, rejected, used = [], [], collections.Counter()
+    for line in command_lines(response):
+        words = line.removeprefix("/").split()
+        command = words[0].lower() if words else ""
+        if command not in ("fill", "kill"):
+            reason = "not a fill or kill command"
+        elif len(accepted) >= share:
+            reason = "over the share of commands"
+        elif command == "kill":
+            accepted.append(None)
+            continue
+        elif len(words) != 8:
+            reason = "not exactly 8 words"
+        elif (numbers := integers(words[1:7])) is None:
+            reason = "a coordinate is not an integer"
+        elif (block := words[7].removeprefix("minecraft:")) not in HOUSE_BLOCKS:
+            reason = "not one of the blocks"
+        elif not all(bbox[0][i % 3] <= number <= bbox[1][i % 3] for i, number in enumerate(numbers)):
+            reason = "outside the box"
+        else:
+            low, high = (tuple(map(pick, numbers[:3], numbers[3:])) for pick in (min, max))
+            volume = math.prod(b - a + 1 for a, b in zip(low, high))
+            if block == "air" or limits is None or used[block] + volume <= limits.get(block, 0):
+                used[block] += volume
+                accepted.append((low, high, block))
+                continue
+            reason = "too few blocks"  # nothing is used; a smaller fill may still pass
+        rejected.append((line, reason))
+    return accepted, rejected
+
+
+def housebuild_world(layers, inventory, responses, max_commands=600, limited_resource=True):
+    """Build the world of a joint response: (world, accepted, rejected); world is {(x, y, z): block} without air."""
+    target = house_target(layers, inventory)
+    rows = next(iter(layers.values()))
+    bbox = (0, min(layers), 0), (len(rows[0]) - 1, max(layers), len(rows) - 1)
+    limits = block_limits(target, len(responses)) if limited_resource else None
+    world, accepted, rejected = {}, [], []
+    for response, share in zip(responses, command_shares(max_commands, len(responses))):
+        good, bad = read_house_commands(response, bbox, share, limits)
+        for low, high, block in filter(None, good):
+            world.update(dict.fromkeys(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))), block))
+        accepted.append(good)
+        rejected.append(bad)
+    return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
+
+
+def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(), max_commands=600,
+                     limited_resource=True):
+    """Score a joint response. reward = match - spider_penalty, at most 1; iou is that of the cells that are not air.
+
+    match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) when a team of two or more has
+    spiders and nobody's `kill` was accepted. A house {0: ["PP"], 1: [".P"]} of planks of which one agent builds
+    "fill 0 0 0 1 0 0 planks" without a kill, alone: match 3/4, iou 2/3, no penalty; with a silent second agent and
+    attacks (1, 2) it has a limit of 2 + 0 planks, which is enough, and the penalty is 0.1 x 3/5 = 0.06.
+    """
+    world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
+    target = house_target(layers, inventory)
+    size = sum(len(row) for rows in layers.values() for row in rows)
+    wrong = sum(world.get(cell) != target.get(cell) for cell in world.keys() | target.keys())
+    union = len(world.keys() | target.keys())
+    danger = sum(spider_attacks)
+    killed = any(None in commands for commands in accepted)
+    unprotected = len(responses) >= 2 and danger > 0 and player_hp > 0 and not killed
+    penalty = 0.1 * min(1.0, danger / player_hp) if unprotected else 0.0
+    match = (size - wrong) / size
+    return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / union if union else 0.0,
+            "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import minecraft_sim as sim
+
 from minecraft_sim import (LETTERS, PALETTES, command_lines, command_shares, draw_ansi, draw_svg,
                            draw_text, integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
                            string_target, target_cells, texture)
@@ -212,3 +214,64 @@ def test_score_against_brute_force():
         score = strbuild_score(target, responses, palettes, total)
         assert score.pop("accepted") == counts
         assert list(score.values()) == pytest.approx(expected, abs=1e-9, rel=0)  # in the order of the keys
+
+
+# --- housebuild -------------------------------------------------------------------------------------------------------
+
+HOUSE, INVENTORY = {0: ["PPP", "P.P", "PPP"], 1: ["OOO", "O.O", "O.O"]}, {"P": "planks", "O": "obsidian"}
+
+
+def house_score(*responses, **options):
+    return sim.housebuild_score(HOUSE, INVENTORY, list(responses), **options)
+
+
+def test_the_small_house_of_the_docstring():
+    layers, answer = {0: ["PP"], 1: [".P"]}, "fill 0 0 0 1 0 0 planks"
+    alone = sim.housebuild_score(layers, INVENTORY, [answer])
+    assert alone == {"reward": 0.75, "iou": 2 / 3, "match": 0.75, "spider_penalty": 0, "accepted": [1]}
+    two = sim.housebuild_score(layers, INVENTORY, [answer, ""], spider_attacks=(1, 2))
+    assert two["reward"] == pytest.approx(0.69) and two["spider_penalty"] == pytest.approx(0.06)
+    assert sim.house_target({0: ["AB", ".A"]}, {"A": "planks", "B": "obsidian"}) == {
+        (0, 0, 0): "planks", (1, 0, 0): "obsidian", (1, 0, 1): "planks"}
+    with pytest.raises(ValueError, match="'Z'"):
+        sim.house_target({0: ["Z"]}, INVENTORY)
+    accepted, rejected = sim.read_house_commands("fill 1 0 0 0 0 0 planks\n/kill @e\nfill 0 0 0 0 0 0 obsidian",
+                                                 ((0, 0, 0), (1, 1, 1)), 9, {"planks": 2})
+    assert accepted == [((0, 0, 0), (1, 0, 0), "planks"), None]
+    assert rejected == [("fill 0 0 0 0 0 0 obsidian", "too few blocks")]
+
+
+@pytest.mark.parametrize("line, accepted", [
+    ("/fill 0 0 0 2 0 0 planks", 1), ("FILL 2 0 0 0 0 0 minecraft:planks", 1), ("1. fill 0 1 0 2 1 0 air", 1),
+    ("fill 0 0 0 2 0 0 planks replace", 0), ("fill 0 0 0 2 0 planks", 0), ("fill 0 0 0 3 0 0 planks", 0),
+    ("fill 0 0 ~0 2 0 0 planks", 0), ("fill 0 0 0 2 0 0 dirt", 0), ("fill 0 -1 0 2 0 0 planks", 0),
+    ("kill", 1), ("/KILL @e[type=spider]", 1), ("kills", 0), ("- kill all", 1), ("setblock 0 0 0 planks", 0),
+    ("fill 0 0 0 2 0 2 planks", 0), ("fill 0 0 0 " + "9" * 5000 + " 0 0 planks", 0)])
+def test_a_house_command_is_accepted_or_not(line, accepted):
+    """Two agents share 8 planks and 7 obsidian: each may use up 4 + 2 = 6 and 4 + 1 = 5."""
+    assert house_score(line, "")["accepted"] == [accepted, 0]
+
+
+def test_blocks_run_out_and_a_smaller_fill_may_still_pass():
+    assert sim.block_limits(sim.house_target(HOUSE, INVENTORY), 2) == {"planks": 6, "obsidian": 5}
+    score = house_score("fill 0 0 0 2 0 0 planks\nfill 0 0 0 1 0 0 planks\nfill 0 0 2 1 0 2 planks\nfill 2 0 2 2 0 2 planks", "")
+    assert score["accepted"] == [3, 0] and score["match"] == pytest.approx((18 - 15 + 4) / 18)  # overlaps are paid for
+    assert house_score("fill 0 0 0 2 0 2 planks", "", limited_resource=False)["accepted"] == [1, 0]
+    assert house_score("fill 0 0 0 2 1 2 air\n" * 9, "")["accepted"] == [9, 0]  # air is free
+
+
+def test_a_house_by_hand():
+    """Agent 0 fills the floor's front and back, agent 1 the left wall and, by mistake, the empty middle above."""
+    score = house_score("fill 0 0 0 2 0 0 planks\nfill 0 0 2 2 0 2 planks",
+                        "kill\nfill 0 1 0 0 1 2 obsidian\nfill 1 1 1 1 1 1 planks", spider_attacks=[3, 3, 3])
+    # 15 cells are wanted, 9 are right, 6 missing, 1 stray: 11 of 18 agree
+    assert score["match"] == pytest.approx(11 / 18) and score["iou"] == pytest.approx(9 / 16)
+    assert score["spider_penalty"] == 0 and score["accepted"] == [2, 3]
+
+
+def test_spiders():
+    for attacks, hp, penalty in [([1, 1, 1], 5, 0.06), ([3, 3, 3], 5, 0.1), ([], 5, 0), ([2], 0, 0)]:
+        assert house_score("", "", spider_attacks=attacks, player_hp=hp)["spider_penalty"] == pytest.approx(penalty)
+    assert house_score("", spider_attacks=[3])["spider_penalty"] == 0  # alone, nobody is there to be protected
+    over = house_score("fill 0 0 0 0 0 0 planks\nkill", "", spider_attacks=[5], max_commands=2)
+    assert over["spider_penalty"] == pytest.approx(0.1) and over["accepted"] == [1, 0]  # a kill above the share is none
