@@ -34,8 +34,10 @@ import argparse
 import glob
 import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import sys
 import zlib
@@ -438,6 +440,86 @@ class StrBuild:
                 block = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}[blocks]
                 lines.append(f"/setblock {x} {y} {z} {block}\n")
         return "".join(lines) or "nothing\n"
+
+
+# --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
+
+# phrases are looked for as substrings of the lower-cased text: "as" hits in "was", "while" in "meanwhile"
+TRANSITIONS = {
+    "elaboration": ["furthermore", "in addition", "moreover", "additionally"],
+    "examples": ["for example", "for instance", "such as", "namely"],
+    "explanation": ["in other words", "that is to say", "specifically", "to clarify"],
+    "cause_effect": ["therefore", "consequently", "thus", "hence", "because"],
+    "contrast": ["however", "although", "on the other hand", "while", "in contrast", "nevertheless"],
+    "sequence": ["in summary", "meanwhile", "firstly", "secondly", "subsequently"],
+    "emphasis": ["indeed", "above all", "in particular", "notably"],
+    "summary": ["in summary", "in conclusion", "to sum up", "overall"],
+    "comparison": ["similarly", "likewise", "in the same way", "compared to"],
+    "concession": ["however", "although", "while", "despite", "even though"],
+    "condition": ["provided that", "unless", "in case", "otherwise"],
+    "time": ["meanwhile", "as", "while", "afterwards", "beforehand"]}
+STOPWORDS = set("""a about above after again against all am an and any are as at be because been before being below
+    between both but by can did do does doing down during each few for from further had has have having he her here hers
+    him his how i if in into is it its itself just me more most my no nor not now of off on once only or other our out
+    over own same she should so some such than that the their them then there these they this those through to too under
+    until up very was we were what when where which while who whom why will with you your""".split())
+
+
+def trapezoid(x, low, rise, fall, high):
+    """1 from rise to fall, linear to 0 at low and high, both still inside; None outside: that level has failed.
+
+    trapezoid(1.35, 1.1, 1.6, 3.2, 5.0) is 0.5, at 1.1 it is 0.0 and at 1.0 None.
+    """
+    if not low <= x <= high:
+        return None
+    return (x - low) / (rise - low) if x < rise else (high - x) / (high - fall) if x > fall else 1.0
+
+
+def writing_levels(first, second, words, ratio, unique, cap, whole):
+    """The four levels of the reward of two texts, {name: what it earned}; a level that fails ends the list.
+
+    words: how many each text must have; ratio, unique: trapezoids of second / first in characters and in distinct
+    words; cap: the overlap of content words that is enough; whole: do transitions count in both texts or in the second?
+    """
+    levels = {"structure": 0.0, "coordination": 0.0, "vocabulary": 0.0, "style": 0.0}
+    if not all(words[0] <= len(text.split()) <= words[1] for text in (first, second)):
+        return levels
+    levels["structure"] = 0.5
+    length = trapezoid(len(second) / len(first), *ratio)
+    if length is None:
+        return levels
+    levels["coordination"] = length
+    known = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
+    variety = trapezoid(len(known[1]) / len(known[0]), *unique) if known[0] else None
+    if variety is None:
+        return levels
+    levels["vocabulary"] = 0.5 * variety
+    text = (first + second if whole else second).lower()
+    hits = sum(any(phrase in text for phrase in phrases) for phrases in TRANSITIONS.values())
+    content = [words - STOPWORDS for words in known]
+    either = content[0] | content[1]
+    overlap = min(len(content[0] & content[1]) / len(either) if either else 1.0, cap) / cap
+    levels["style"] = 0.4 * (min(1.0, 0.4 + 0.05 * (hits - 1)) if hits else 0.0) + 0.6 * overlap
+    return levels
+
+
+TLDR = {"words": (8, 256), "ratio": (1.1, 1.6, 3.2, 5.0), "unique": (1.3, 2.0, math.inf, math.inf), "cap": 0.03,
+        "whole": False}
+ARXIV = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23, "whole": True}
+
+
+def tldr_reward(first, second):
+    """What a concise and a detailed summary are worth together, 0..3 (the best is 2.98); see writing_levels.
+
+    Eight words "red" and twenty times "blue": 31 and 99 characters, ratio 3.19: structure 0.5, coordination 1; one
+    distinct word each is too few in the second (1 < 1.3 x 1), so 1.5 in all.
+    """
+    return sum(writing_levels(first, second, **TLDR).values())
+
+
+def arxiv_reward(first, second):
+    """What background and motivation, and methodology and implications of a paper are worth together, 0..3."""
+    return sum(writing_levels(first, second, **ARXIV).values())
 
 
 # --- all tasks, and python tasks.py -----------------------------------------------------------------------------------

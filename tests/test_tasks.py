@@ -241,6 +241,47 @@ def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
         assert early.done == (answers is perfect) and early.reward == (dense.judge(item, answers, 0).reward if early.done else 0)
 
 
+# --- tldr and arxiv -----------------------------------------------------------------------------------------------------
+
+def words(count, start=0):
+    """So many different words of three letters, none of them a stopword or a transition: aab, aac, ..."""
+    letters = "bcdfgjklm"
+    return " ".join(letters[(start + k) // 81 % 9] + letters[(start + k) // 9 % 9] + letters[(start + k) % 9]
+                    for k in range(count))
+
+
+def test_trapezoid_by_hand():
+    assert tasks.trapezoid(1.35, 1.1, 1.6, 3.2, 5.0) == pytest.approx(0.5) and tasks.trapezoid(1.1, 1.1, 1.6, 3.2, 5.0) == 0
+    assert tasks.trapezoid(1.0, 1.1, 1.6, 3.2, 5.0) is None and tasks.trapezoid(4.1, 1.1, 1.6, 3.2, 5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("first, second, reward", [
+    (words(7), words(20), 0), (words(8), words(257), 0), ("", "", 0),   # too few words, too many
+    (words(8), words(8), 0.5), (words(8), words(45), 0.5),              # ratio 1 < 1.1; 179 / 31 > 5
+    (" ".join(["red"] * 8), " ".join(["blue"] * 20), 1.5),              # 31 and 99 characters; 1 distinct word each
+    (words(10), words(20, 100), 2.0),                                   # 39 and 79: 1; 10 and 20 distinct: 0.5; no style
+    (words(10), words(20, 0), 2.6),                                     # 10 of 20 are shared: overlap is full
+    (words(10), words(20, 0) + " therefore", 2.6 + 0.4 * 0.4),          # one category
+    (words(10), words(20, 0) + " however", 2.6 + 0.4 * 0.45),           # contrast and concession
+    (words(10), words(20, 0) + " meanwhile", 2.6 + 0.4 * 0.55),         # sequence, time, contrast, concession
+    (words(10) + " therefore", words(22, 0), 2.6),                      # in the first text it does not count
+    (words(10), words(16, 0), 0.5 + 1 + 0.5 * 0.3 / 0.7 + 0.6),         # 39 and 63: 1; 1.6 times as many words
+], ids=range(13))
+def test_tldr_by_hand(first, second, reward):
+    assert tasks.tldr_reward(first, second) == pytest.approx(reward, abs=1e-12)
+
+
+def test_arxiv_by_hand():
+    first = words(128)                                       # 511 characters
+    assert tasks.arxiv_reward(words(127), words(128)) == 0
+    assert tasks.arxiv_reward(first, words(180, 200)) == pytest.approx(0.5 + 1 + 0.5 * (1.7 - 180 / 128) / 0.4)
+    assert tasks.arxiv_reward(first, first) == pytest.approx(0.5 + (1 - 0.8) / 0.5 + 0.5 + 0.6)
+    assert tasks.arxiv_reward(first + " furthermore", words(180)) == pytest.approx(
+        0.5 + 1 + 0.5 * (1.7 - 180 / 129) / 0.4 + 0.4 * 0.4 + 0.6)  # here the first text counts as well
+    most = "however therefore for example in summary meanwhile furthermore on the other hand as a result"
+    assert tasks.tldr_reward(words(8), words(16) + " " + most) <= 2.98
+
+
 # --- a person's own file, and options that make no sense --------------------------------------------------------------
 
 def test_a_file_of_ones_own(tmp_path):
