@@ -310,35 +310,51 @@ BLOCK_COLORS = {"oak_planks": (184, 142, 86), "stone": (125, 125, 125), "white_c
 OTHER_COLOR = (196, 92, 160)
 
 
-def draw_wall(target_rows, world, paint, missing, blank):
-    """The wall row by row, then a legend; paint(block, wanted) is the text of one block."""
-    wanted, width, height = set(target_cells(target_rows)), len(target_rows[0]), len(target_rows)
-    rows = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
-    lines = ["".join(paint(world[cell], cell in wanted) if cell in world else missing if cell in wanted else blank
-                     for cell in row) for row in rows]
-    kinds = sorted({(block, cell not in wanted) for cell, block in world.items()})
+def wall_plan(target_rows):
+    """What pictures need to know of a wall: ({wanted cell: None, any block will do}, rows of cells from the top)."""
+    width, height = len(target_rows[0]), len(target_rows)
+    return dict.fromkeys(target_cells(target_rows)), [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
+
+
+def house_plan(layers, inventory):
+    """The same of a house: ({wanted cell: block}, rows of cells): four layers side by side, seen from above."""
+    grid, width, depth = [], len(next(iter(layers.values()))[0]), len(next(iter(layers.values())))
+    for band in range(min(layers), max(layers) + 1, 4):
+        shown = [y for y in range(band, band + 4) if y in layers]
+        grid += [[cell for y in shown for cell in [*((x, y, z) for x in range(width)), None, None]]
+                 for z in reversed(range(depth))] + [[]]
+    return house_target(layers, inventory), grid[:-1]
+
+
+def draw_grid(plan, world, paint, missing, blank):
+    """The plan's rows, then a legend; paint(block, right) is the text of one block."""
+    target, grid = plan
+    right = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
+    lines = ["".join(paint(world[cell], right[cell]) if cell in world else missing if cell in target else blank
+                     for cell in row).rstrip(" " if None in row else "") for row in grid]
+    kinds = sorted({(block, not right[cell]) for cell, block in world.items()})
     legend = [f"{paint(block, not stray)} {block}{' (stray)' * stray}" for block, stray in kinds]
     return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
 
 
-def draw_text(target_rows, world):
+def draw_text(plan, world):
     """One character per cell: a capital per block, in lower case where it is stray, '.' where one is missing."""
     marks = {}
     for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # the same in every picture
         free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
         marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
-    return draw_wall(target_rows, world, lambda b, wanted: marks[b] if wanted else marks[b].lower(), ".", " ")
+    return draw_grid(plan, world, lambda b, right: marks[b] if right else marks[b].lower(), ".", " ")
 
 
-def draw_ansi(target_rows, world):
+def draw_ansi(plan, world):
     """Two terminal columns per cell in the block's colour, red xx on a stray one, dim [] where one is missing."""
-    def paint(block, wanted):
+    def paint(block, right):
         r, g, b = BLOCK_COLORS.get(block, OTHER_COLOR)
-        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if wanted else 'xx'}\x1b[0m"
-    return draw_wall(target_rows, world, paint, "\x1b[2m[]\x1b[0m", "  ")
+        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if right else 'xx'}\x1b[0m"
+    return draw_grid(plan, world, paint, "\x1b[2m[]\x1b[0m", "  ")
 
 
-def draw_svg(target_rows, world, title="", size=20):
+def draw_svg(plan, world, title="", size=20):
     """A standalone isometric picture (SVG text): cubes of `size` pixels, missing cells dashed, stray ones edged red."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
         return 0.866 * size * (x + z), size * ((z - x) / 2 - y)
@@ -346,9 +362,10 @@ def draw_svg(target_rows, world, title="", size=20):
     def shade(color, light):  # light > 0 mixes with white, < 0 with black
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
 
-    W, H, wanted = len(target_rows[0]), len(target_rows), set(target_cells(target_rows))
-    top, bottom = screen(W, H, 0)[1] - 34, screen(0, 0, 1)[1] + 10  # 34: room for the title
-    width, height = round(max(screen(W, 0, 1)[0], 9 * len(title))) + 20, round(bottom - top)
+    target, grid = plan
+    W, H, D = (1 + max(cell[axis] for row in grid for cell in row if cell) for axis in range(3))
+    top, bottom = screen(W, H, 0)[1] - 34, screen(0, 0, D)[1] + 10  # 34: room for the title
+    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(bottom - top)
     title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
@@ -357,9 +374,10 @@ def draw_svg(target_rows, world, title="", size=20):
     faces = [(0.25, [(0, 1, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)]),    # top
              (-0.35, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)]),   # left side
              (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
-    for cell in sorted(wanted | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
+    for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
         color = BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
-        edge = shade(color, -0.45) if cell in wanted else "#e02020"
+        right = cell in target and target[cell] in (None, world.get(cell))
+        edge = shade(color, -0.45) if right else "#e02020"
         lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
         for light, corners in faces:
@@ -401,14 +419,14 @@ def main():
     for agent, response in enumerate(responses):
         first, _, _ = response.partition("\n")
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {first}")
-    print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(target_rows, world) + "\n")
+    print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(wall_plan(target_rows), world) + "\n")
     weights = {"coverage": 2, "extra_ratio": -1.5, "adjacent_same_ratio": -1, "missing_palettes": -0.25}
     for part, weight in weights.items():
         print(f"{weight:+5} x {part:20} {score[part]:.3f}")
     print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
           f"rejected {[len(lines) for lines in rejected]}")
     if svg:
-        svg.write(draw_svg(target_rows, world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
+        svg.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
         svg.close()
 
 

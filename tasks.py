@@ -368,10 +368,10 @@ class StrBuild:
                        for place, group in by_letter(cells).items())
 
     def draw(self, item, world, color=False):
-        return (sim.draw_ansi if color else sim.draw_text)(sim.string_target(item["string"]), world)
+        return (sim.draw_ansi if color else sim.draw_text)(sim.wall_plan(sim.string_target(item["string"])), world)
 
     def draw_svg(self, item, world):
-        return sim.draw_svg(sim.string_target(item["string"]), world, item["string"])
+        return sim.draw_svg(sim.wall_plan(sim.string_target(item["string"])), world, item["string"])
 
     # the sloppy expert: it knows the letters and has many habits, good and bad, from which RL selects
 

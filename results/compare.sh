@@ -9,20 +9,21 @@ export OMP_NUM_THREADS=1
 
 run() {
     case $1 in
-        one) setting="--num_turns 1 --batch_size 64 --steps 10" ;;
-        official) setting="--steps 8" ;;
+        one) setting="--num_turns 1 --batch_size 64 --steps 8" ;;
+        official) setting="--steps 6" ;;
         persistent) setting="--world persistent --reward sparse --steps 20" ;;
     esac
     case $2 in
         cc) method="train_cc.py --critic_lr 1e-3" ;;
         cc1) method="train_cc.py --critic_lr 1e-3 --lam 1" ;;
         dc) method="train_dc.py --critic_lr 1e-3" ;;
-        group) method="train_mc.py --lr 2e-3" ;;
+        group) method="train_mc.py" ;;
         none) method="train_mc.py --baseline none" ;;
-        grpo) method="train_mc.py --num_agents 1 --lr 2e-3" ;;
+        grpo) method="train_mc.py --num_agents 1" ;;
     esac
+    case $1-$2 in persistent-cc* | persistent-dc | *-none) lr=1e-3 ;; *) lr=2e-3 ;; esac
     name=$1-$2-seed$3
-    python $method $setting --seed $3 --out_dir out/comparison/$name --overwrite > out/comparison/$name.txt 2>&1
+    python $method $setting --lr $lr --seed $3 --out_dir out/comparison/$name --overwrite > out/comparison/$name.txt 2>&1
     cp out/comparison/$name/log.jsonl results/comparison/$name.jsonl
 }
 export -f run
