@@ -73,15 +73,15 @@ def table(runs):
                  for method, seeds in methods.items()}
         p_final, p_whole = (holm({method: permutation_p(numbers["cc"], numbers[method])
                                   for method in methods if method != "cc"}) for numbers in (final, whole))
-        print(f"\n{SETTINGS[setting]}\n\n| | seeds | joint actions | held-out score: raw | trained | p | reward per "
-              "turn | mean training score | p | wall |\n|---|---|---|---|---|---|---|---|---|---|")
+        actions = [last["joint_actions"] for seeds in methods.values() for _, last, _ in seeds]
+        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {min(actions):,} to {max(actions):,} "
+              "joint actions a run\n\n| | raw | trained | p | reward per turn | mean training score | p |"
+              "\n|---|---|---|---|---|---|---|")
         for method, seeds in methods.items():
-            actions = statistics.mean(last["joint_actions"] for _, last, _ in seeds)
             reward = spread([last["eval/reward"] for _, last, _ in seeds], 2)
-            wall = statistics.mean(last["wall_s"] for _, last, _ in seeds)
-            print(f"| {METHODS[method]} | {len(seeds)} | {actions:,.0f} | {seeds[0][2]['eval/score']:.1f} | "
-                  f"{spread(final[method])} | {f'{p_final[method]:.2f}' if method in p_final else ''} | {reward} | "
-                  f"{spread(whole[method])} | {f'{p_whole[method]:.2f}' if method in p_whole else ''} | {wall:.0f} s |")
+            p, q = (f"{ps[method]:.2f}" if method in ps else "" for ps in (p_final, p_whole))
+            print(f"| {METHODS[method]} | {seeds[0][2]['eval/score']:.1f} | {spread(final[method])} | {p} | {reward} | "
+                  f"{spread(whole[method])} | {q} |")
         print("\nexplained variance of V on fresh episodes, turn by turn, mean over the second half of the steps:")
         for method in ("cc", "dc", "cc1"):
             late = [line["value/explained_variance_by_turn"] for lines, _, _ in methods.get(method, [])

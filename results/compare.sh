@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of the README's comparison: three settings, six methods, five seeds; 64 joint actions a step everywhere.
-# Two runs at a time on one thread each, about 70 minutes on 2 cores. Then: python results/compare.py
+# Two runs at a time on one thread each, about 90 minutes on 2 cores. Then: python results/compare.py
 # Learning rates are those of the best return of three trial runs per method (README, "What is compared").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
