@@ -313,7 +313,8 @@ OTHER_COLOR = (196, 92, 160)
 def wall_plan(target_rows):
     """What pictures need to know of a wall: ({wanted cell: None, any block will do}, rows of cells from the top)."""
     width, height = len(target_rows[0]), len(target_rows)
-    return dict.fromkeys(target_cells(target_rows)), [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
+    grid = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
+    return dict.fromkeys(target_cells(target_rows)), grid
 
 
 def house_plan(layers, inventory):

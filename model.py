@@ -291,9 +291,8 @@ class LanguageModel:
     def generate(self, names, prompts, max_new_tokens, generator, temperature=1.0, top_p=1.0):
         """Sample one answer per row: (tokens, logps), two lists of B lists of equal lengths.
 
-        prompts: B lists of token ids. The end token is the last one of an answer that stopped by itself; an answer of
-        max_new_tokens without it was cut. logps are of the softmax at `temperature`, before top_p cuts its tail.
-        generator: a CPU torch.Generator; one number per row and step is drawn from it.
+        prompts: B lists of token ids. An answer that stopped by itself ends with the end token, one that was cut does
+        not. logps are of the softmax at `temperature`, before top_p cuts its tail. generator: on the CPU.
         """
         B, P, device = len(prompts), max(map(len, prompts)), self.device
         rows = list(zip(names, map(tuple, prompts)))
@@ -395,9 +394,8 @@ def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, 
     lm = LanguageModel(folder)
     lm.add_adapter(f"agent_{agent}", os.path.join(out_dir, f"agent_{agent}"))
     generator = torch.Generator().manual_seed(seed * 1000 + agent)
-    while True:  # until the parent, done, ends its children
-        prompt = lm.render(connection.recv())
-        tokens, _ = lm.generate([f"agent_{agent}"], [prompt], limit, generator, temperature, top_p)
+    while (messages := connection.recv()) is not None:
+        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature, top_p)
         connection.send(lm.decode(tokens)[0])
 
 
@@ -442,6 +440,8 @@ def main():
         episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t, episode.world)))
         if episode.turns[-1].outcome.done:
             break
+    for pipe in pipes:
+        pipe.send(None)
     print(dialogue(task, episode, sys.stdout.isatty()))
     print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns")
 
