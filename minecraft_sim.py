@@ -219,6 +219,27 @@ def house_target(layers, inventory):
     return {cell: inventory[letter] for cell, letter in letters.items() if inventory[letter] not in EMPTY}
 
 
+def random_house(rng):
+    """A blueprint (layers, inventory): walls with corner posts and a door, a floor, a gabled roof of stairs; 4..8 each way.
+
+    The roof rises by one layer for each row from the front and the back, its gables are bricks, and so is its ridge.
+    """
+    W, D = rng.randint(4, 8), rng.randint(4, 8)
+    roof = -(-D // 2)
+    walls, door = rng.randint(2, 8 - roof), rng.randint(1, W - 2)
+    def block(x, y, z):
+        if y < walls:
+            side_x, side_z = x in (0, W - 1), z in (0, D - 1)
+            wall = "O" if side_x and side_z else "." if (x, z) == (door, 0) and y < 2 else "W"
+            return wall if side_x or side_z else "P" if y == 0 else "."
+        k = y - walls
+        if z in (k, D - 1 - k):
+            return "B" if 2 * k + 1 == D else "S"
+        return "B" if k < z < D - 1 - k and x in (0, W - 1) else "."
+    return ({y: ["".join(block(x, y, z) for x in range(W)) for z in range(D)] for y in range(walls + roof)},
+            dict(zip("WOSBP", HOUSE_BLOCKS)))
+
+
 def block_limits(target, num_agents):
     """How many blocks of each kind one agent may use up: 10 in the target and two agents give 5 + 2 = 7 each."""
     counts = collections.Counter(target.values())

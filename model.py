@@ -89,13 +89,14 @@ def tiny_tokenizer(task, rng):
                                              chat_template=TEMPLATE)
 
 
-def build_tiny(task, folder, steps=1400, warm_up=400, lr=2e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX (Pythia's architecture): fused query-key-value and a plain MLP made its forward and backward faster on a
     CPU than Llama's or GPT-2's. The weights start at standard deviation width^-1/2, because with the usual 0.02 a model
     this narrow attends to everything alike for hundreds of steps. The folder appears only when it is complete.
     """
+    warm_up = (steps := steps or task.base_steps) * 2 // 7  # steps on exercises alone
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
     rng = random.Random(seed)
     torch.manual_seed(seed)

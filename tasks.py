@@ -14,8 +14,8 @@ A task is one class; everything else in this repository knows a task only by the
     demonstration(rng), exercise(rng)   one conversation of a sloppy expert, and one that practises what building needs
                                         most; the tiny base is trained on these
     draw(item, world, color)            the world as text for a terminal; draw_svg(item, world) as a picture
-    base, base_batch                    name of the tiny base that fits (runs with one name share it), and how many
-                                        conversations it learns from in a step
+    base, base_batch, base_steps        name of the tiny base that fits (runs with one name share it), and how many
+                                        conversations it learns from in how many steps
 
 One worked example, strbuild with the string "I" at turn 0 of 4:
 
@@ -31,6 +31,9 @@ next turn: each agent gets its own answer back and is told which cells belong to
     python tasks.py --task strbuild     # an item, what each agent sees, two answers and the reward taken apart
 """
 import argparse
+import ast
+import collections
+import copy
 import glob
 import itertools
 import json
@@ -39,7 +42,11 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
+import textwrap
+import warnings
 import zlib
 from dataclasses import dataclass, field
 
@@ -134,6 +141,7 @@ def dialogue(task, episode, color):
     for t, turn in enumerate(episode.turns):
         for agent, response in enumerate(turn.responses):
             told = task.observation(episode.item, agent) if t == 0 else episode.turns[t - 1].outcome.feedback[agent]
+            told = " ".join(told.split())
             answer = response.strip().splitlines() or ["(nothing)"]
             more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
             lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
@@ -169,6 +177,34 @@ def read_jsonl(path, check):
     if both:
         raise ValueError(f"{path}: {both[0]} is a training line and a held-out line; it can be only one.")
     return items["train"], items["eval"]
+
+
+def read_hub(parts, check):
+    """Items of data sets on the hub as (train, eval); parts: [(name, split to train on, split to hold out)].
+
+    64 held-out items, evenly from the split. A row that check refuses is left out, and that is printed. Raises ValueError
+    with one sentence without the datasets package or the data.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("--data hub needs a package: pip install datasets") from None
+    items = [[], []]
+    for name, *splits in parts:
+        for kept, split in zip(items, splits):
+            try:
+                rows = datasets.load_dataset(name, split=split)
+            except Exception as error:  # whatever went wrong on the way to the hub
+                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]} Load it once with a network, "
+                                 "or use --data builtin or --data FILE.jsonl.") from None
+            for number, row in enumerate(rows):
+                try:
+                    kept.append(check(row))
+                except ValueError as error:
+                    print(f"{name}, {split}, row {number} is left out: {error}")
+    train, held_out = items
+    held_out = held_out[::max(1, len(held_out) // 64)][:64]
+    return [item for item in train if item not in held_out], held_out
 
 
 # --- run folders ------------------------------------------------------------------------------------------------------
@@ -252,6 +288,97 @@ def open_run_folder(args, versions):
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
+# --- what tasks have in common ----------------------------------------------------------------------------------------
+
+
+class Task:
+    """A task, but for what it is about: a new one derives from this and says random_item ... judge, see the header."""
+    turns, agents = 1, (1, 2)                         # T unless --num_turns says otherwise; how many may play
+    feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
+    max_new_tokens, base_batch, base_steps, pattern = 128, 6, 1400, r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"
+    steps, batch_size, lr = 20, 16, 1e-3              # what the train scripts use unless told
+    hub_parts = []                                    # real data: [(name, split to train on, split to hold out)]
+
+    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
+        self.name = self.base = type(self).__name__.lower()
+        if num_agents not in self.agents:
+            raise ValueError(f"{self.name} is for {' or '.join(map(str, self.agents))} agents, not {num_agents}.")
+        self.num_agents, self.num_turns, self.reward, self.world = num_agents, num_turns or self.turns, reward, world
+        self.mode = feedback or self.feedback_modes[0]
+        for kind, choice, choices in [("feedback", self.mode, self.feedback_modes), ("world", world, self.worlds),
+                                      ("reward", reward, ["dense", "sparse"])]:
+            if choice not in choices:
+                raise ValueError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
+        self.setup()
+        self.train_items, self.eval_items = self.hub() if data == "hub" else self.builtin()
+        if data not in ("builtin", "hub"):
+            self.train_items, own = read_jsonl(data, self.check)
+            self.eval_items = own or [item for item in self.eval_items if item not in self.train_items]
+
+    def setup(self):
+        """What a task needs to know before it can name its items."""
+
+    def settings(self):
+        """The train scripts' defaults that depend on the task."""
+        return {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
+
+    def builtin(self):
+        rng = random.Random(0)
+        items = {json.dumps(item): item for item in [self.random_item(rng) for _ in range(2000)]}
+        split = [[item for item in items.values() if self.held_out(item) == held] for held in (False, True)]
+        return split[0], split[1][:64]
+
+    def held_out(self, item):
+        """One item in ten is never trained on, and in no demonstration; which ones, key(item) alone decides."""
+        return zlib.crc32(self.key(item).encode()) % 10 == 3
+
+    def shown(self, rng):
+        """An item that is not held out."""
+        while self.held_out(item := self.random_item(rng)):
+            pass
+        return item
+
+    def hub(self):
+        if not self.hub_parts:
+            raise ValueError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
+        return read_hub(self.hub_parts, self.check)
+
+    def instructions(self, agent):
+        return f"You are agent {agent + 1} of {self.num_agents}. You cannot talk to each other."
+
+    def judge_all(self, items, answers, turn, worlds):
+        """Outcomes of one joint response per item; for a task that is faster at many than one by one."""
+        return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
+
+    def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
+        """An Outcome; without feedback everybody is told what the last answers were worth."""
+        told = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
+        return Outcome(paid(reward, self, turn, done), score, parts, done, told, world)
+
+    def demonstration(self, rng):
+        item, team = self.shown(rng), copy.copy(self)
+        team.num_agents = rng.choice([1, 2, 2])
+        agent, turn = rng.randrange(team.num_agents), rng.randrange(3)
+        first = [team.expert(item, i, rng) for i in range(team.num_agents)]
+        messages = [{"role": "user", "content": team.observation(item, agent)},
+                    {"role": "assistant", "content": first[agent]}]
+        if self.turns == 1:
+            return messages
+        told = team.told(item, first, turn, rng)[agent]
+        return messages + [{"role": "user", "content": told},
+                           {"role": "assistant", "content": team.expert(item, agent, rng)}]
+
+    def told(self, item, responses, turn, rng):
+        """What the sloppy expert hears of its first answer in a demonstration."""
+        return self.judge(item, responses, turn).feedback
+
+    def exercise(self, rng):
+        return self.demonstration(rng)
+
+    def draw(self, item, world, color=False):
+        return ""
+
+
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
 
 
@@ -264,7 +391,7 @@ def by_letter(cells):
     return {place: list(group) for place, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
 
 
-class StrBuild:
+class StrBuild(Task):
     """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
 
     Rules and reward: minecraft_sim.strbuild_score. The training reward is reward - 2; above -0.1 the episode ends.
@@ -274,31 +401,21 @@ class StrBuild:
     # a cell is one word, and so is a block with the line break and the command that follow it: 2 tokens a command;
     # places and letters stay apart, so that unseen strings are made of seen tokens
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
-    feedback_modes = ["position", "score", "perfect"]
+    turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
 
-    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
-        if num_agents not in (1, 2):
-            raise ValueError(f"strbuild has palettes for 1 or 2 agents, not {num_agents}.")
-        self.num_agents, self.num_turns = num_agents, 4 if num_turns is None else num_turns
-        self.mode, self.reward, self.persistent = feedback or "position", reward, world == "persistent"
-        if self.mode not in self.feedback_modes:
-            raise ValueError(f"strbuild has no feedback {feedback!r}; choose from {', '.join(self.feedback_modes)}.")
-        if world not in ("rebuilt", "persistent"):
-            raise ValueError(f"strbuild has no world {world!r}; choose rebuilt or persistent.")
+    def setup(self):
+        self.persistent = self.world == "persistent"
         # 160 tokens: the longest string has 68 cells, 2 tokens each, and three more a letter. In the persistent world
         # three turns' commands cannot fill any of the built-in strings, and conversations are shorter
         self.base, self.base_batch, self.max_commands, self.max_new_tokens = (
             ("strbuild-persistent", 14, 14, 40) if self.persistent else ("strbuild", 6, 300, 160))
-        self.palettes = sim.PALETTES if num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
+        self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
+
+    def builtin(self):
         rng = random.Random(0)
         strings = list(dict.fromkeys(self.random_string(rng) for _ in range(6000)))
-        self.eval_items = [{"string": s} for s in ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:30]]
-        self.train_items = [{"string": s} for s in strings if not self.held_out(s)]
-        if data == "hub":
-            raise ValueError("strbuild has no data set on the hub; use --data builtin or a file of your own.")
-        if data != "builtin":
-            self.train_items, own = read_jsonl(data, self.check)
-            self.eval_items = own or [item for item in self.eval_items if item not in self.train_items]
+        held_out = ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:30]
+        return [{"string": s} for s in strings if not self.held_out(s)], [{"string": s} for s in held_out]
 
     @staticmethod
     def check(record):
@@ -413,6 +530,9 @@ class StrBuild:
             pass
         return string
 
+    def expert(self, item, agent, rng):
+        return self.answer(item["string"], self.palettes, agent, rng)
+
     def answer(self, string, palettes, agent, rng, turn=0):
         """One answer of the sloppy expert: which letters it builds, often none at all, and with which blocks.
 
@@ -440,6 +560,130 @@ class StrBuild:
                 block = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}[blocks]
                 lines.append(f"/setblock {x} {y} {z} {block}\n")
         return "".join(lines) or "nothing\n"
+
+
+# --- housebuild: fill the boxes of a house ----------------------------------------------------------------------------
+
+
+def boxes_of(layers, inventory):
+    """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
+
+    Rectangles of one block, joined with an equal one on the layer below; none has more than half of its block's cells
+    (unless it is one cell), because no agent may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0),
+    (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
+    """
+    left, boxes = sim.house_target(layers, inventory), []
+    most = {block: max(1, count // 2) for block, count in collections.Counter(left.values()).items()}
+    for cell in sorted(left, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
+        if cell not in left:
+            continue
+        block, high = left[cell], list(cell)
+        for axis in (0, 2, 1):  # grow as long as the next slice is of the same block
+            while True:
+                corner = [*high[:axis], high[axis] + 1, *high[axis + 1:]]
+                spans = [range(a, b + 1) for a, b in zip(cell, corner)]
+                spans[axis] = [corner[axis]]
+                size = math.prod(b - a + 1 for a, b in zip(cell, corner))
+                if size > most[block] or any(left.get(c) != block for c in itertools.product(*spans)):
+                    break
+                high = corner
+        for c in itertools.product(*(range(a, b + 1) for a, b in zip(cell, high))):
+            del left[c]
+        boxes.append((cell, tuple(high), block))
+    return boxes
+
+
+class HouseBuild(Task):
+    """Builders fill the boxes of a house with `fill`, each with limited blocks, and one of them must `kill` the spiders.
+
+    Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends (in
+    the official code above 0 for the actor-critics, which is never, and above -0.1 for Monte Carlo).
+    """
+    # a label, the line break and the command are one word, a corner is one and so is a block: 4 tokens a box
+    pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
+    turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
+
+    def random_item(self, rng):
+        layers, inventory = sim.random_house(rng)
+        return {"layers": layers, "inventory": inventory, "spider_attacks": [rng.randint(1, 3) for _ in range(3)]}
+
+    def key(self, item):
+        return json.dumps(item["layers"])
+
+    def check(self, record):
+        layers, inventory, attacks = record.get("layers"), record.get("inventory"), record.get("spider_attacks", [])
+        if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
+                and all(isinstance(row, str) for rows in layers.values() for row in rows)
+                and all(block in sim.HOUSE_BLOCKS for block in inventory.values())
+                and all(isinstance(attack, int) for attack in attacks)):
+            raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks '
+                             f'among {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
+        layers = {int(y): rows for y, rows in layers.items()}
+        sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
+        if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
+            raise ValueError("the layers of a house follow each other, have equally many rows, all equally long, and hold a block")
+        return {"layers": layers, "inventory": inventory, "spider_attacks": attacks}
+
+    def instructions(self, agent):
+        return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to each "
+                "other. Answer with lines of the form fill x1 y1 z1 x2 y2 z2 block and nothing else; x runs from left to "
+                "right, y up, z to the back, both corners belong to the box. You are shown the house box by box and how "
+                "many blocks you have of each kind; no team member has enough for the whole house. Spiders attack unless "
+                "one of you writes the line kill.")
+
+    def observation(self, item, agent):
+        limits = sim.block_limits(sim.house_target(item["layers"], item["inventory"]), self.num_agents)
+        return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have"
+                + "".join(f" {count} {block}" for block, count in limits.items()) + f". The house:\n{self.listed(item)}")
+
+    @staticmethod
+    def listed(item):
+        return "".join(f" {k}: %d %d %d %d %d %d {block}\n" % (*low, *high)
+                       for k, (low, high, block) in enumerate(boxes_of(item["layers"], item["inventory"]), 1))
+
+    def judge(self, item, responses, turn, world=None):
+        layers, inventory = {int(y): rows for y, rows in item["layers"].items()}, item["inventory"]
+        parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
+        world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
+        parts["kills"] = sum(None in commands for commands in accepted)
+        target, feedback = sim.house_target(layers, inventory), None
+        if self.mode == "position":
+            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.listed(item)}"] * self.num_agents
+        elif self.mode == "perfect":
+            wrong = [[fill for fill in filter(None, commands) if any(target.get(cell, "air") != fill[2] for cell in
+                      itertools.product(*(range(a, b + 1) for a, b in zip(*fill[:2]))))] for commands in accepted]
+            feedback = [f"Turn {turn + 2}. Your fills with wrong cells:"
+                        + ("".join("\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in fills) or " none")
+                        for fills in wrong]
+        reward = parts["reward"] - 1
+        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
+
+    def draw(self, item, world, color=False):
+        return (sim.draw_ansi if color else sim.draw_text)(sim.house_plan(item["layers"], item["inventory"]), world)
+
+    def draw_svg(self, item, world):
+        return sim.draw_svg(sim.house_plan(item["layers"], item["inventory"]), world, "house")
+
+    # the sloppy expert: which boxes it fills, by number, is a habit; sometimes it kills first
+
+    habits = {"none": 4, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
+
+    def expert(self, item, agent, rng):
+        """A heading such as " 7:" goes before each command, as in what it was shown: a tiny base finds a box by its number."""
+        habit = rng.choices(list(self.habits), self.habits.values())[0]
+        boxes = self.listed(item).splitlines(keepends=True)
+        chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
+                  "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
+        lines = "kill\n" * (rng.random() < 0.3) + "".join(box.replace(": ", ":\nfill ") for box in chosen)
+        return lines or "nothing\n"
+
+    def exercise(self, rng):
+        """A short list of random boxes is copied."""
+        def corner():
+            return "%d %d %d" % tuple(rng.randrange(8) for _ in range(3))
+        boxes = "".join(f" {k}: {corner()} {corner()} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n" for k in range(1, rng.randint(4, 10)))
+        return [{"role": "user", "content": f"The house:\n{boxes}"},
+                {"role": "assistant", "content": boxes.replace(": ", ":\nfill ")}]
 
 
 # --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
@@ -503,9 +747,9 @@ def writing_levels(first, second, words, ratio, unique, cap, whole):
     return levels
 
 
-TLDR = {"words": (8, 256), "ratio": (1.1, 1.6, 3.2, 5.0), "unique": (1.3, 2.0, math.inf, math.inf), "cap": 0.03,
+TLDR_LEVELS = {"words": (8, 256), "ratio": (1.1, 1.6, 3.2, 5.0), "unique": (1.3, 2.0, math.inf, math.inf), "cap": 0.03,
         "whole": False}
-ARXIV = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23, "whole": True}
+ARXIV_LEVELS = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23, "whole": True}
 
 
 def tldr_reward(first, second):
@@ -514,17 +758,491 @@ def tldr_reward(first, second):
     Eight words "red" and twenty times "blue": 31 and 99 characters, ratio 3.19: structure 0.5, coordination 1; one
     distinct word each is too few in the second (1 < 1.3 x 1), so 1.5 in all.
     """
-    return sum(writing_levels(first, second, **TLDR).values())
+    return sum(writing_levels(first, second, **TLDR_LEVELS).values())
 
 
 def arxiv_reward(first, second):
     """What background and motivation, and methodology and implications of a paper are worth together, 0..3."""
-    return sum(writing_levels(first, second, **ARXIV).values())
+    return sum(writing_levels(first, second, **ARXIV_LEVELS).values())
+
+
+OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
+           "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand", "Notably"]
+POST = {  # what differs between the built-in posts; a value always stands behind the same word, here and in summaries
+    "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
+    "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
+           "strangers|borrowed money|cancelled the trip|spread a rumour|adopted three dogs",
+    "place": "work|a wedding|the gym|school|home|the lake|a concert|the office party",
+    "feel": "angry|hurt|guilty|confused|lonely|exhausted|nervous|betrayed",
+    "because": "nobody asked me first|it was a secret|money is tight|we had a plan|it keeps happening|trust matters",
+    "since": "kindergarten|last summer|college|the move|January|the accident",
+    "tried": "talk calmly|write an email|stay silent|joke about everything|ask for help|set clear rules",
+    "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
+    "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
+    "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
+POST_TEXT = ("SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel {feel} "
+             "because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. "
+             "Friends say I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
+POST_BANK = ["My {who} {did} at {place} and that began the whole story.", "Overall that made me feel {feel}.",
+             "It hit hard because {because}.", "Indeed this person was close to us since {since}.",
+             "My response was for instance that I tried to {tried} without success.",
+             "Similarly some readers believe we should {should} unless it gets worse.",
+             "What remains is being afraid of {afraid} although nobody says so.", "Moreover people want {want} in the end."]
+PAPER = {
+    "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|word order in linguistics|"
+             "tumour growth in medicine|species loss in ecology|key exchange in cryptography|light scattering in optics|"
+             "reading skills in education|traffic flow in robotics",
+    "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
+    "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
+    "uses": "symmetry|entropy|sampling|duality|recursion|attention",
+    "data": "satellite images|hospital records|public archives|simulated trials|field surveys|sensor logs",
+    "improves": "accuracy|speed|stability|fairness|coverage|robustness",
+    "helps": "engineers|doctors|teachers|regulators|farmers|planners",
+    "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
+PAPER_TEXT = ("We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. "
+              "It is tested with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
+PAPER_BANK = [[  # background and motivation
+    "The paper is about a field of science whose authors study {study} with new methods and data.",
+    "People study {study} since results in this area matter for science and for daily life.",
+    "The existing approaches were made for simple cases and most of them still lack {lack} today.",
+    "Models that lack {lack} give results which look good in tests and fail in daily use.",
+    "Earlier work on {study} needs large samples of data and gives little insight into causes.",
+    "The authors see a gap here and propose {propose} as one way in which the gap can be closed.",
+    "The motivation is that a method which uses {uses} should need less data and give more insight.",
+    "There is plenty of data from {data} in this field and earlier methods made little use of it.",
+    "A better method improves {improves} and that is what people in practice ask science for.",
+    "The work is done for a reason, as a good method for {study} helps {helps} in daily life.",
+    "Open questions remain for {lack} and the authors want to answer them one by one.",
+    "The aim of the paper is a simple method for {study} which people can trust in practice."], [
+    "The authors propose {propose} as a new method, and the method uses {uses} at each step of the work.",
+    "In simple words the method reads data from {data} and learns in small steps how {study} behaves in practice.",
+    "The use of {uses} keeps the method simple and makes sure that large samples of data are not needed.",
+    "Tests with data from {data} compare {propose} with existing approaches, which still lack {lack} in most cases.",
+    "The results show that the method improves {improves} in nearly all tests and never makes it worse in practice.",
+    "A second test removes one part of {propose} after another, and results show which parts matter in daily use.",
+    "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same reason.",
+    "For the field the results are good news, because people can study {study} with less data than before.",
+    "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
+    "The authors see a limit for {except} and propose to close the gap with more data in later work.",
+    "Other areas of science which lack {lack} can use the same steps, since the method makes no use of special cases.",
+    "The paper shows that a simple method can be trusted, and it gives the code and data for all tests.",
+    "All in all the work on {study} improves {improves} and opens the way for new questions in this area."]]
+
+
+class Writing(Task):
+    """Two texts about one text, which must fit each other: tldr and arxiv say about what and how they are judged.
+
+    The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. One agent alone writes both texts,
+    with a line ===== between them.
+    """
+    field, roles = "", ("", "")                       # name of an item's text; who writes what
+    slots, text, banks, levels = {}, "", [], None     # what built-in items and demonstrations are made of; the reward's
+
+    def setup(self):
+        self.max_new_tokens *= 2 // self.num_agents
+
+    def random_item(self, rng):
+        facts = {name: rng.choice(values.split("|")) for name, values in self.slots.items()}
+        return {self.field: self.text.format(**facts), "facts": facts}
+
+    def key(self, item):
+        """Built-in items with one pair of the first two facts are either all held out or none."""
+        return " ".join(list(item["facts"].values())[:2])
+
+    def check(self, record):
+        text = record.get(self.field)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'a line needs a "{self.field}" that is a text and not empty')
+        return {self.field: text}
+
+    def observation(self, item, agent):
+        told = "Write {}, then a line =====, then {}.".format(*self.roles) if self.num_agents == 1 else (
+            f"Write {self.roles[agent]}.")
+        return f"{item[self.field]}\n{told}"
+
+    def judge(self, item, responses, turn, world=None):
+        first, second = responses if len(responses) == 2 else (
+            part.strip() for part in (responses[0] + "=====").split("=====")[:2])
+        parts = writing_levels(first, second, **self.levels)
+        reward = sum(parts.values())
+        return self.outcome(reward, 100 * reward / 3, parts, turn, reward > 2.9)
+
+    # the sloppy expert goes through its sentences in order, leaves some out, and opens few or many with a transition
+
+    def expert(self, item, agent, rng):
+        if self.num_agents == 1:
+            return " =====\n".join(self.write(item, part, rng) for part in (0, 1))
+        return self.write(item, agent, rng)
+
+    def write(self, item, part, rng):
+        bank = self.banks[part % len(self.banks)]
+        keep, most, opened = (rng.choice(habits) for habits in (self.keep[part], self.most[part], self.opened))
+        text = []
+        for sentence in [s for s in bank if rng.random() < keep][:most] or bank[:1]:
+            sentence = sentence.format(**item["facts"])
+            if rng.random() < opened:
+                sentence = f"{rng.choice(OPENERS)}, {sentence[0].lower()}{sentence[1:]}"
+            text.append(sentence)
+        return " ".join(text)
+
+
+class TLDR(Writing):
+    """A concise and a detailed summary of a post."""
+    field, hub_parts = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
+    roles = "a concise summary", "a detailed summary"
+    slots, text, banks, levels = POST, POST_TEXT, [POST_BANK], TLDR_LEVELS
+    base_steps, keep, most, opened = 900, [[0.8, 1, 1]] * 2, [[3, 3, 3, 8, 8], [2, 7]], [0, 0.3, 1]
+
+
+class ArXiv(Writing):
+    """Background and motivation, and method and implications of a paper."""
+    field, hub_parts = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
+    roles = "background and motivation", "methodology and implications"
+    slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
+    keep, most, opened = [[0.8, 1, 1]] * 2, [[5, 8], [8, 10]], [0, 0.3, 1]
+    base_steps, max_new_tokens = 450, 300
+
+
+# --- coophe: what two answers are worth -------------------------------------------------------------------------------
+
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
+SECONDS = 2.0, 6.0  # time limits of one test, and of all tests of one pair of answers
+# Code that a model wrote runs only here: one process per batch, in it a worker per core, in that a fork per test. On
+# Linux a test has no network, writes only to its own folder, and its whole process namespace is cleared after it; where
+# that is refused, and on macOS, its limits and its process group remain. It passes by sending a token after its last
+# line, so exit(0) is no pass. Not stopped: reading files, searching the caller's frames, an __eq__ that is always true.
+SANDBOX = """
+import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
+import random, re, resource, select, statistics, string, sys, time, typing  # loaded once, for all tests
+from contextlib import suppress
+jobs, (per_test, per_pair), libc = *json.load(sys.stdin), ctypes.CDLL(None)
+null, (queue, feed), folder = os.open(os.devnull, os.O_RDWR), os.pipe(), os.getcwd().encode()
+call = lambda name, *given: getattr(libc, name)(*given) if hasattr(libc, name) else -1
+apart = call("unshare", 0x50020000) == 0  # user, network, mounts: all made read-only, but for this folder
+if apart:
+    libc.mount(folder, folder, None, 4096, None)
+    libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(1, 0), 32)
+    libc.syscall(442, -100, folder, 0, (ctypes.c_uint64 * 4)(0, 1), 32)
+    os.chdir(folder)
+def run(module, name, test, folder, send, token):
+    os.setsid()
+    [os.dup2(null, fd) for fd in range(3)], os.closerange(3, send), os.closerange(send + 1, 256)
+    os.mkdir(folder), os.chmod(folder, 0o777), os.chdir(folder)
+    if os.geteuid() == 0 and not apart:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    for what, most in ("CPU", int(per_test) + 1), ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("CORE", 0), ("NPROC", 0):
+        with suppress(AttributeError, OSError, ValueError):
+            resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+    call("prctl", 1, 9)
+    space = {"__name__": "answer"}
+    exec(module, space)
+    space["candidate"] = space[name]
+    exec(test, space)
+    os.write(send, token)
+def passes(module, name, test, folder, limit):
+    token, (verdict, send) = os.urandom(16), os.pipe()
+    if not (pid := os.fork()):
+        try:
+            run(module, name, test, folder, send, token)
+        finally:
+            os._exit(1)
+    os.close(send)
+    passed = bool(select.select([verdict], [], [], limit)[0]) and os.read(verdict, 16) == token
+    os.close(verdict)
+    for kill, whom in [(os.kill, pid), (os.killpg, pid), (os.kill, -1)][:3 if os.getpid() == 1 else 2]:
+        with suppress(OSError):
+            kill(whom, 9)
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, 0):
+            pass
+    return passed
+for _ in range(min(os.cpu_count() or 1, len(jobs))):
+    if os.fork():
+        continue
+    os.close(feed)
+    call("prctl", 1, 9)  # dies with its parent
+    if apart and call("unshare", 0x20000000) == 0 and os.fork():
+        os.wait(), os._exit(0)  # its child, pid 1 among the tests, cannot be killed by them
+    call("prctl", 1, 9), call("prctl", 4, 0)  # nor looked into
+    while number := os.read(queue, 4):
+        number, end, verdicts = int.from_bytes(number, "big"), time.monotonic() + per_pair, ""
+        for n, test in enumerate(jobs[number][2]):
+            limit = min(per_test, end - time.monotonic())
+            verdicts += "01"[limit > 0 and passes(*jobs[number][:2], test, f"{number}.{n}", limit)]
+        os.write(1, f"{number} {verdicts}\\n".encode())
+    os._exit(0)
+os.close(queue)
+with suppress(BrokenPipeError, ChildProcessError):  # every worker is dead, or done
+    [os.write(feed, number.to_bytes(4, "big")) for number in range(len(jobs))], os.close(feed)
+    while os.wait():
+        pass
+"""
+
+
+def run_tests(jobs):
+    """A string of 0 and 1, one per test, for each (module, name, tests)."""
+    command = [sys.executable, "-I", "-S", "-c", SANDBOX]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:  # the output is a file: nobody can fill the trainer's memory through it
+            code = subprocess.run(command, input=json.dumps([jobs, SECONDS]).encode(),
+                                  stdout=out, stderr=out, cwd=folder, env={}, start_new_session=True,
+                                  timeout=10 + SECONDS[1] * len(jobs)).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        out.seek(0)
+        said = out.read(1 << 24).decode(errors="replace")
+    assert code <= 0, f"the sandbox for model-written code does not run here:\n{said}"
+    found = {int(number): digits for number, digits in re.findall(r"^(\d{1,6}) ([01]+)$", said, re.M)}
+    if len(jobs) == 1:  # a pair that ends its sandbox even when alone in it fails
+        return [found.get(0, "0" * len(jobs[0][2]))]
+    return [found[n] if n in found else run_tests([job])[0] for n, job in enumerate(jobs)]
+
+
+def parse_python(text):
+    """(tree, "") of Python source, or (None, why there is none); the parser's own limits stop what nests too deeply."""
+    try:
+        with warnings.catch_warnings():  # "\d" in an answer is no reason to print anything
+            warnings.simplefilter("ignore")
+            return ast.parse(text), ""
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return None, str(error).replace("<unknown>, ", "") or "nested too deeply"
+
+
+def find_function(answer, name):
+    """(source, node, error, whether it returns) of the first `def name(`; fenced blocks come before the whole text.
+
+    In text that is no Python the function is its `def` line and the indented lines below it, so that one with a syntax
+    error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
+    """
+    answer = answer.replace("\r\n", "\n").replace("\r", "\n")
+    for text in [textwrap.dedent(block.partition("\n")[2]) for block in answer.split("```")[1::2]] + [answer]:
+        tree, _ = parse_python(text)
+        head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ): of a long signature
+        if tree is None and (match := re.search(head, text, re.M)):
+            text = match[0].rstrip()
+            tree, error = parse_python(text)
+            if tree is None:
+                return text, None, error, bool(re.search(r"\breturn\b", text))
+        for node in tree.body if tree else []:
+            if isinstance(node, FUNCTION) and node.name == name:
+                nodes = list(node.body)
+                for child in nodes:  # grows while it is read; a function inside has returns of its own
+                    nodes += [] if isinstance(child, (*FUNCTION, ast.ClassDef)) else ast.iter_child_nodes(child)
+                lines = text.split("\n")[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno]
+                return "\n".join(lines), node, "", any(isinstance(child, ast.Return) for child in nodes)
+    return "", None, "", False
+
+
+def use_of_aux(main):
+    """What main's calls of aux are worth: 0.5, and 1.0 more unless main only hands them on, less 0.5 if one is wasted.
+
+        return aux(n) + 1   1.5        x = aux(n); return x   0.5        aux(n); return aux(n) + 1   1.0
+    """
+    def called(node):
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "aux"
+
+    thin = False
+    match main.body[ast.get_docstring(main, clean=False) is not None:]:
+        case [ast.Return(value=value)]:
+            thin = called(value)
+        case [ast.Assign(targets=[ast.Name(x)], value=value) | ast.AnnAssign(target=ast.Name(x), value=value),
+              ast.Return(value=ast.Name(y))]:
+            thin = called(value) and x == y
+    wasted = any(isinstance(node, ast.Expr) and called(node.value) for node in ast.walk(main))
+    return any(map(called, ast.walk(main))) * (0.5 + 1.0 * (not thin) - 0.5 * wasted)
+
+
+def coophe_tests(test):
+    """The asserts of check that name candidate, each once; a body that is more than one-line asserts is one test.
+
+        def check(candidate):
+            assert candidate(2) == 4
+            assert True                        ->   ["assert candidate(2) == 4"]
+    """
+    tree, error = parse_python(test)
+    nodes = [node for node in tree.body if not ast.unparse(node).startswith("METADATA")] if tree else []
+    check = next((node for node in nodes if isinstance(node, FUNCTION) and node.name == "check"), None)
+    body = [node for node in check.body if not isinstance(node, ast.Pass) and not (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))] if check else []
+    if all(isinstance(node, ast.Assert) and node.lineno == node.end_lineno for node in body):
+        lines = dict.fromkeys(test.split("\n")[node.lineno - 1].strip() for node in body)
+        tests = [line for line in lines if line.startswith("assert") and "candidate" in line]
+    else:
+        tests = [ast.unparse(check) + "\ncheck(candidate)"] * any("candidate" in ast.unparse(node) for node in body)
+    if not tests:
+        raise ValueError(f"a coophe problem needs check(candidate) with asserts that name candidate: {error or test!r}")
+    return ["\n".join([ast.unparse(node) for node in nodes if node is not check] + [test]) for test in tests]
+
+
+def coophe_rewards(triples):
+    """coophe_reward of many (item, aux, main), all judged in one sandbox."""
+    results, jobs, judged = [], [], []
+    for item, aux_answer, main_answer in triples:
+        name, tests, (tree, _) = item["entry_point"], coophe_tests(item["test"]), parse_python(item["prompt"])
+        imports = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] if tree \
+            else re.findall(r"^(?:import|from)[ \t].*", item["prompt"], re.M)
+        aux, aux_node, aux_error, aux_returns = find_function(aux_answer, "aux")
+        main, main_node, main_error, main_returns = find_function(main_answer, name)
+        error = f"{aux_error[:150]} in aux" if aux_error else f"{main_error[:150]} in {name}" if main_error else ""
+        level = ("syntax error: " + error if error else "" if aux_returns else "aux has no function with a return"
+                 ) if main_returns else "main has no function with a return"
+        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": level}
+        results.append(result)
+        if main_returns and not error:
+            result["reward"] += 0.5
+            jobs.append(["\n".join([*imports, aux, main]), name, tests])
+            judged.append((result, tests, use_of_aux(main_node) if aux_node else 0.0))
+    for (result, tests, use), digits in zip(judged, run_tests(jobs) if jobs else []):
+        result["passed"] = digits.count("1")
+        result["reward"] += digits.count("1") / len(tests) + use * ("1" in digits)
+        if not result["level"]:
+            failed = " ".join(map(str.strip, tests[digits.index("0")].splitlines()))[:192] if "0" in digits else ""
+            result["level"] = f"failed: {failed}" if failed else "passed" if use else "main does not use aux"
+    return results
+
+
+def coophe_reward(item, aux, main):
+    """What the two answers to an item earn, at best 4.0; the same answer may be given for both.
+
+    `def aux(n): return n * n` with `def f(n): return aux(n) + 1`, and 1 of 2 asserts holds:
+    0.4 aux + 0.6 main + 0.5 both parse + 1/2 of the tests + 0.5 main calls aux + 1.0 and is no thin wrapper = 3.5
+    """
+    return coophe_rewards([(item, aux, main)])[0]
+
+
+FAMILIES = {  # name: (kind of item, what is asked for, how a program tells whether x is one); two need recursion
+    "multiples": ("number", "multiples of {k}", "x % {k} == 0"),
+    "rests": ("number", "numbers that leave 1 when divided by {k}", "x % {k} == 1"),
+    "primes": ("number", "primes above {k}", "x > {k} and all(x % d for d in range(2, x))"),
+    "divisors": ("number", "numbers with more than {k} divisors", "sum(x % d == 0 for d in range(1, x + 1)) > {k}"),
+    "digits": ("number", "numbers with a digit sum above {k}", "sum(map(int, str(x))) > {k}"),
+    "roots": ("number", "numbers whose digits, added until one is left, give {k}",
+              "x == {k} if x < 10 else aux(sum(map(int, str(x))))"),
+    "powers": ("number", "powers of {k}", "x == 1 or x % {k} == 0 and aux(x // {k})"),
+    "squares": ("number", "squares above {k}", "x > {k} and int(x ** 0.5) ** 2 == x"),
+    "mirrored": ("number", "numbers above {k} that read the same backwards", "x > {k} and str(x) == str(x)[::-1]"),
+    "longer": ("word", "words of more than {k} letters", "len(x) > {k}"),
+    "vowels": ("word", "words with {k} vowels", "sum(c in 'aeiou' for c in x) == {k}"),
+    "varied": ("word", "words with more than {k} different letters", "len(set(x)) > {k}"),
+    "palindromes": ("word", "palindromes of more than {k} letters", "len(x) > {k} and x == x[::-1]"),
+    "heavy": ("list", "lists with a sum above {k}", "sum(x) > {k}"),
+    "rising": ("list", "sorted lists of more than {k} numbers", "len(x) > {k} and x == sorted(x)"),
+    "repeating": ("list", "lists that hold {k} more than once", "x.count({k}) > 1")}
+GOALS = {  # name: (what is returned, from the ones that were found, or by asking for each item)
+    "count": ("how many {what} are in items", "len({found})", "sum(1 for x in items if {ask})"),
+    "keep": ("a list of the {what} in items", "[x for x in {found}]", "[x for x in items if {ask}]"),
+    "last": ("the last of the {what} in items, or None", "([None] + {found})[-1]", "([None] + [x for x in items if {ask}])[-1]"),
+    "some": ("whether items has any {what}", "len({found}) > 0", "any({ask} for x in items)"),
+    "rest": ("items without the {what}", "[x for x in items if x not in {found}]", "[x for x in items if not {ask}]")}
+WORDS = "level noon radar kayak deed apple banana queue rhythm cat audio sky onion tree civic program idea moon sea".split()
+
+
+class CoopHE(Task):
+    """A problem of HumanEval's form: one agent writes a helper, aux, the other the function itself.
+
+    Rules and reward: coophe_reward. The training reward is reward - 4; above -0.2 the episode ends. Built-in problems are
+    made of a family, a goal and a number. There are two good ways to share the work, to ask aux about each item or for
+    all that fit, and both agents must choose the same.
+    """
+    pattern = r" ?[\p{L}_']+\(?|\d|\n *|[^\s\p{L}\d]+|\s"
+    turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 900
+    hub_parts = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"), ("openai/openai_humaneval", "test[32:]", "test[:32]")]
+
+    def random_item(self, rng):
+        family, goal = rng.choice(list(FAMILIES)), rng.choice(list(GOALS))
+        kind, what, ask = FAMILIES[family]
+        name, k = f"{goal}_{family}", rng.randint(2, 4 if kind == "word" else 9)
+        things = {"number": lambda: rng.choice([rng.randint(1, 40), k ** rng.randint(1, 3), 11 * rng.randint(1, 9)]),
+                  "word": lambda: rng.choice(WORDS),
+                  "list": lambda: sorted(rng.choices([*range(10), k], k=rng.randint(1, 6)), key=rng.choice([None, str, lambda x: -x]))}
+        scope, examples = {}, []
+        exec(f"def aux(x):\n    return {ask.format(k=k)}\ndef {name}(items):\n    return "  # ours, not a model's
+             + GOALS[goal][2].format(ask="aux(x)"), scope)
+        while len(examples) < 8:
+            items = [things[kind]() for _ in range(rng.randint(2, 5))]
+            examples.append((items, scope[name](items)))
+        shown = "".join(f"    >>> {name}({items})\n    {result!r}\n" for items, result in examples[:2])
+        returned = GOALS[goal][0].format(what=what.format(k=k))
+        return {"prompt": f'def {name}(items):\n    """Return {returned}.\n{shown}    """\n', "entry_point": name,
+                "test": "def check(candidate):\n" + "".join(
+                    f"    assert candidate({items}) == {result!r}\n" for items, result in examples[2:]),
+                "facts": [family, goal, k]}
+
+    def key(self, item):
+        return str(item["facts"])
+
+    def check(self, record):
+        item = {name: record.get(name) for name in ("prompt", "entry_point", "test")}
+        if not all(isinstance(text, str) and text.strip() for text in item.values()):
+            raise ValueError('a line needs a "prompt", an "entry_point" and a "test", all texts and none empty')
+        coophe_tests(item["test"])
+        return item
+
+    def setup(self):
+        self.max_new_tokens *= 2 // self.num_agents
+
+    def instructions(self, agent):
+        return ("Two programmers who cannot talk to each other solve a Python problem. One writes a helper function named aux, "
+                "the other the function itself, which should call aux and do more than pass its result on. Answer with "
+                "your function and nothing else.")
+
+    def observation(self, item, agent):
+        told = "Write aux and the function." if self.num_agents == 1 else ["Write aux.", "Write the function; aux is there."][agent]
+        return f"{item['prompt']}{told}"
+
+    def judge(self, item, responses, turn, world=None):
+        return self.judge_all([item], [responses], turn, [world])[0]
+
+    def judge_all(self, items, answers, turn, worlds):
+        verdicts = coophe_rewards([(item, responses[0], responses[-1]) for item, responses in zip(items, answers)])
+        outcomes = []
+        for parts, responses in zip(verdicts, answers):
+            level, reward = parts.pop("level"), parts["reward"] - 4
+            parts["pass_rate"] = parts["passed"] / parts["total"]
+            told = [f"Turn {turn + 2}. {level}"] * self.num_agents if self.mode == "level" else None
+            outcomes.append(self.outcome(reward, 25 * parts["reward"], parts, turn, reward > -0.2, level, told))
+        return outcomes
+
+    def draw(self, item, world, color=False):
+        return world  # what the tests say
+
+    # the sloppy expert: how it shares the work is a habit, good or bad
+
+    aux_habits = {"one": 3, "many": 3, "wrong": 2, "broken": 2, "none": 4}
+    main_habits = {"one": 3, "many": 3, "wrapper": 3, "alone": 3, "ignored": 2, "broken": 2, "none": 4}
+
+    def expert(self, item, agent, rng):
+        if self.num_agents == 1:
+            return self.write_aux(item, rng) + self.write_main(item, rng)
+        return [self.write_aux, self.write_main][agent](item, rng)
+
+    def write_aux(self, item, rng):
+        habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
+        ask = FAMILIES[family][2].format(k=k)
+        if habit == "many" and "aux" in ask:  # recursion
+            return (f"def aux(items):\n    def one(x):\n        return {ask.replace('aux', 'one')}\n"
+                    "    return [x for x in items if one(x)]\n")
+        return {"one": f"def aux(x):\n    return {ask}\n", "many": f"def aux(items):\n    return [x for x in items if {ask}]\n",
+                "wrong": f"def aux(x):\n    return not {ask}\n", "broken": f"def aux(x:\n    return {ask}\n", "none": "nothing\n"}[habit]
+
+    def write_main(self, item, rng):
+        habit, (family, goal, k) = rng.choices(list(self.main_habits), self.main_habits.values())[0], item["facts"]
+        found, ask = GOALS[goal][1:]
+        body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"), "wrapper": "aux(items)", "none": ""}.get(
+            habit, ask.format(ask=f"({FAMILIES[family][2].format(k=k)})"))
+        return "" if habit == "none" else (
+            f"def {item['entry_point']}(items{':' if habit == 'broken' else '):'}\n"
+            + "    aux(items)\n" * (habit == "ignored") + f"    return {body}\n")
+
+    def told(self, item, responses, turn, rng):
+        level = rng.choice(["aux has no function with a return", "main has no function with a return", "main does not use aux",
+                            "syntax error: invalid syntax", "passed", "failed: " + rng.choice(item["test"].split("\n    ")[1:])])
+        return [f"Turn {turn + 2}. {level}"] * len(responses)  # drawn, because to run the tests for this takes too long
 
 
 # --- all tasks, and python tasks.py -----------------------------------------------------------------------------------
 
-TASKS = {"strbuild": StrBuild}
+TASKS = {"tldr": TLDR, "arxiv": ArXiv, "coophe": CoopHE, "strbuild": StrBuild, "housebuild": HouseBuild}
 TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"]
 
 
@@ -534,8 +1252,6 @@ def get_task(name, **options):
         raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
     if options.get("num_turns") is not None and options["num_turns"] < 1:
         raise ValueError(f"num_turns must be at least 1, not {options['num_turns']}.")
-    if options.get("reward", "dense") not in ("dense", "sparse"):
-        raise ValueError(f"There is no reward {options['reward']!r}; choose dense or sparse.")
     return TASKS[name](**options)
 
 
@@ -550,7 +1266,7 @@ def main():
         parser.exit(2, f"error: {error}\n")
     rng = random.Random(args.seed)
     episode = Episode(rng.choice(task.train_items))
-    responses = [task.answer(episode.item["string"], task.palettes, i, rng) for i in range(task.num_agents)]
+    responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
     outcome = task.judge(episode.item, responses, 0)
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")

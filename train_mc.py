@@ -53,18 +53,18 @@ group.add_argument("--num_turns", type=int, default=None, help="turns per episod
 group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
 group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
-group.add_argument("--data", default="builtin", help="builtin, or FILE.jsonl with items of your own")
+group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
 group = parser.add_argument_group("rollout")
-group.add_argument("--batch_size", type=int, default=16, help="B, episodes per step (default 16)")
+group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step (default: the task's)")
 group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=20, help="training steps (default 20)")
+group.add_argument("--steps", type=int, default=None, help="training steps (default: the task's)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--baseline", default="group", help="group (default), loo or none: what a return is compared with")
 group.add_argument("--group_size", type=int, default=4, help="G, episodes on the same item in a step (default 4)")
-group.add_argument("--lr", type=float, default=1e-3, help="AdamW learning rate of the actors, falls to 0 (1e-3)")
+group.add_argument("--lr", type=float, default=None, help="AdamW learning rate of the actors, falls to 0 (the task's)")
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
 group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
@@ -88,17 +88,17 @@ def fail(sentence):
 
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
+    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
+    check_model(args.model)
+    vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
     if args.baseline not in ("group", "loo", "none"):
         raise ValueError(f"There is no baseline {args.baseline!r}; choose from group, loo, none.")
     if args.batch_size % args.group_size:
         raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
     if args.group_size == 1 and args.baseline != "none":
         raise ValueError(f"--baseline {args.baseline} compares the episodes of a group; group_size must be at least 2.")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
-    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
-    check_model(args.model)
-    args.num_turns, args.max_new_tokens = task.num_turns, args.max_new_tokens or task.max_new_tokens
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
     if args.wandb:
@@ -182,10 +182,11 @@ def rollout(items, generator):
         tokens, logps = lm.generate([f"agent_{i}" for _, i in rows], prompts, args.max_new_tokens, generator,
                                     args.temperature, args.top_p)
         texts = lm.decode(tokens)
+        answers = [texts[k::len(running)] for k in range(len(running))]  # per episode, one of each agent
+        outcomes = task.judge_all([e.item for e in running], answers, t, [e.world for e in running])
         for k, e in enumerate(running):
             mine = slice(k, None, len(running))  # this episode's rows, one per agent
-            e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], texts[mine],
-                                task.judge(e.item, texts[mine], t, e.world)))
+            e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], answers[k], outcomes[k]))
     return episodes
 
 

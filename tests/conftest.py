@@ -40,8 +40,8 @@ class Workplace:
         from model import build_tiny
         from tasks import get_task
         self.folder, self.out, self.count = folder, folder / "out", 0
-        self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=60, warm_up=0, lr=0.01, width=64,
-                               layers=2, heads=2)
+        self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=60, lr=0.01, width=64, layers=2,
+                               heads=2)
 
     def start(self, script, *arguments, folder=None):
         """Start a script; .process is its process, .out and .err are the files that it writes."""

@@ -1,0 +1,170 @@
+"""coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
+from pathlib import Path
+
+import pytest
+
+import tasks
+from tasks import coophe_reward, coophe_rewards, coophe_tests, find_function
+
+ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n    """Squares below n, plus one."""\n',
+        "entry_point": "f",
+        "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(0) == []\n"
+                "    assert candidate(2) == [1, 2]\n    assert candidate(2) == [1, 2]\n    assert True, 'unused'\n"
+                "    assert candidate(3) == [1, 2, 5]\n    assert candidate(1) == [1]\n"}
+AUX = "def aux(n):\n    return n * n"
+MAIN = "def f(n: int) -> List[int]:\n    return [aux(i) + 1 for i in range(n)]"
+ONE = "def f(n):\n    {}\n    return [i * i + 1 for i in range(n)]"  # needs no aux, and does something first
+WHOLE = "def aux(n):\n    return [i * i + 1 for i in range(n)]"  # an aux that does main's work
+
+
+def judge(aux, main, item=ITEM):
+    result = coophe_reward(item, aux, main)
+    return pytest.approx(result["reward"], abs=1e-9), result["passed"], result["level"]
+
+
+def test_the_worked_example_earns_four():
+    result = coophe_reward(ITEM, AUX, MAIN)
+    assert result == {"reward": pytest.approx(0.4 + 0.6 + 0.5 + 4 / 4 + 0.5 + 1.0, abs=1e-9), "passed": 4, "total": 4,
+                      "level": "passed"}
+
+
+@pytest.mark.parametrize("aux, main, reward, passed, level", [
+    ("I do not know.", "Nor do I.", 0.0, 0, "main has no function with a return"),
+    (AUX, "Nothing.", 0.4, 0, "main has no function with a return"),
+    (AUX, "def f(n):\n    print(aux(n))", 0.4, 0, "main has no function with a return"),
+    (AUX, "def f(n):\n    return aux(n", 1.0, 0, "syntax error: '(' was never closed (line 2) in f"),
+    ("def aux(n):\n    return n *", MAIN, 1.0, 0, "syntax error: invalid syntax (line 2) in aux"),
+    ("def aux(n):\n    n *", MAIN, 0.6, 0, "syntax error: invalid syntax (line 2) in aux"),
+    (AUX, "def f(n):\n    return aux(n) + 1", 1.5, 0, "failed: assert candidate(0) == []"),
+    (AUX, "def f(n):\n    return [aux(i) + 1 for i in range(min(n, 2))]", 3.75, 3,
+     "failed: assert candidate(3) == [1, 2, 5]"),
+    (AUX, ONE.format("pass"), 2.5, 4, "main does not use aux"),
+    ("no", ONE.format("pass"), 2.1, 4, "aux has no function with a return"),
+    ("no", MAIN, 1.1 + 0.25, 1, "aux has no function with a return"),  # [] needs no aux; what is not there is not used
+    ("def aux(n):\n    print(n)", ONE.format("x = aux(n)"), 2.1 + 1.5, 4, "aux has no function with a return"),
+    (AUX, ONE.format("aux(n)"), 3.5, 4, "passed"),
+    (WHOLE, 'def f(n):\n    """Doc."""\n    return aux(n)', 3.0, 4, "passed"),
+    (WHOLE, "def f(n):\n    x = aux(n)\n    return x", 3.0, 4, "passed"),
+    (WHOLE, "def f(n):\n    x: list = aux(n)\n    return x", 3.0, 4, "passed"),
+    (WHOLE, "def f(n):\n    y = []\n    x = aux(n)\n    return x", 4.0, 4, "passed"),
+    (WHOLE, "def f(n):\n    return list(aux(n))", 4.0, 4, "passed"),
+    (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed"),
+])
+def test_each_rule(aux, main, reward, passed, level):
+    assert judge(aux, main) == (reward, passed, level)
+
+
+def test_one_answer_for_both_and_imports_of_the_prompt_only():
+    assert judge(*[f"```python\n{AUX}\n\n{MAIN}\n```"] * 2)[0] == 4.0
+    assert judge(AUX, MAIN, ITEM | {"prompt": "def f(n):\n"})[1] == 0  # List is unknown: the module does not load
+    assert judge(AUX, "import math\n" + ONE.format("math.pi"))[1] == 0
+    assert judge(AUX, ONE.format("math.pi"), ITEM | {"prompt": "import math\ndef f(n):\n"})[1] == 4
+
+
+@pytest.mark.parametrize("text, source", [
+    ("Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```",
+     "def aux(n):\n    return 1"),
+    ("def aux(n): return 0\n```\ndef aux(n): return 1\n```", "def aux(n): return 1"),
+    ("1. So:\n   ```python\n   def aux(n):\n       return 1\n   ```", "def aux(n):\n    return 1"),
+    ("```python\ndef aux(n):\n    return 1", "def aux(n):\n    return 1"),
+    ("```python\nx = 1\n```\ndef aux(n):\n    return 1\n\nThis is it.", "def aux(n):\n    return 1"),
+    ("def aux(\n    n,\n) -> int:\n\n    return 1\nThat's it.", "def aux(\n    n,\n) -> int:\n\n    return 1"),
+    ("@cache\ndef aux(n):\n    return 1\n\ndef f(n):\n    return aux(n)", "@cache\ndef aux(n):\n    return 1"),
+    ('def aux(n):\n    """\nLeft.\n"""\n    return 1\nx = 1', 'def aux(n):\n    """\nLeft.\n"""\n    return 1'),
+    ("def aux(n):\r\n    return 1\r\nDone!", "def aux(n):\n    return 1"),
+    ("class A:\n    def aux(self):\n        return 1", ""), ("def auxiliary(n):\n    return 1", "")])
+def test_functions_are_found_in_anything(text, source):
+    assert find_function(text, "aux")[0] == source
+
+
+@pytest.mark.parametrize("body, returns", [
+    ("def g():\n        return 1\n    print(g)", False), ("return", True), ("yield 1", False),
+    ("for i in n:\n        if i:\n            return i", True), ("'return'", False), ("return (", True),
+    ("def g():\n        return 1\n    return g", True), ("x = (", False)])
+def test_a_return_of_its_own(body, returns):
+    assert find_function(f"def aux(n):\n    {body}", "aux")[3] is returns
+
+
+def test_tests_are_one_line_asserts_or_the_whole_check():
+    assert coophe_tests(ITEM["test"]) == ["assert candidate(0) == []", "assert candidate(2) == [1, 2]",
+                                          "assert candidate(3) == [1, 2, 5]", "assert candidate(1) == [1]"]
+    assert coophe_tests('def check(candidate):\n    """Doc."""\n    # why\n    assert candidate(1)  # so\n    pass\n') \
+        == ["assert candidate(1)  # so"]
+    for body in ["for i in range(3):\n        assert len(candidate(i)) == i",
+                 "x = 2\n    assert candidate(x) == [1, 2]", "assert candidate(2) == [1,\n        2]",
+                 "import math\n    assert candidate(int(math.sqrt(4))) == [1, 2]"]:
+        item = ITEM | {"test": f"def check(candidate):\n    {body}\n    assert candidate(1) == [1]\n"}
+        assert len(coophe_tests(item["test"])) == 1
+        assert judge(AUX, MAIN, item) == (4.0, 1, "passed")
+        reward, passed, level = judge(AUX, "def f(n):\n    return aux(n)", item)
+        assert (reward, passed) == (1.5, 0) and level.startswith("failed: def check(candidate): ") and len(level) <= 200
+    beside = "import math\nTWO = 2\ndef check(candidate):\n    assert candidate(TWO * math.ceil(.5)) == [1, 2]"
+    assert judge(AUX, MAIN, ITEM | {"test": beside}) == (4.0, 1, "passed")  # beside check, so there when it runs
+
+
+@pytest.mark.parametrize("test", ["x = 1", "def check(candidate):\n    assert True", "def check(candidate):\n    pass",
+                                  "def check(candidate:", "def check(candidate):\n    for i in []:\n        pass"])
+def test_a_problem_without_tests_is_refused(test):
+    with pytest.raises(ValueError, match="asserts that name candidate"):
+        coophe_reward(ITEM | {"test": test}, AUX, MAIN)
+
+
+@pytest.mark.parametrize("first", [
+    "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
+    "raise MemoryError", "x = 'x' * (3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
+    "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
+    "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
+    "import os; os.closerange(0, 999)", "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)"])
+def test_what_crashes_fails_and_its_neighbours_do_not(first):
+    """The first answer does it in every test, the second in the test with n = 2 only, the third is fine."""
+    results = coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, ONE.format(f"if n == 2: {first}")),
+                              (ITEM, AUX, MAIN)])
+    alone = 0 if "getppid" in first else 3  # without namespaces who kills the worker fails everything
+    assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
+
+
+def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "SANDBOX", f"{tasks.SANDBOX}# {tmp_path}")  # to tell its processes from others
+    stays = "import os, time\n    if n == 2 and os.fork():\n        os.wait()\n    elif n == 2:\n" \
+            "        os.setsid(), os.fork() or time.sleep(1000), os._exit(0)"
+    results = coophe_rewards([(ITEM, AUX, ONE.format("while n == 2: pass")), (ITEM, AUX, ONE.format(stays)),
+                              (ITEM, AUX, MAIN)])
+    assert [result["passed"] for result in results[::2]] == [3, 4]
+    assert results[0]["level"] == "failed: assert candidate(2) == [1, 2]"
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
+
+
+def test_pairs_left_by_a_dead_worker_are_judged_again(monkeypatch):
+    code = tasks.SANDBOX.replace('call("unshare", 0x50020000)', "-1").replace(
+        "    os.setsid()\n", "    if 'kills' in module:\n        os.kill(os.getppid(), 9)\n    os.setsid()\n")
+    monkeypatch.setattr(tasks, "SANDBOX", code)
+    results = coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in ("pass", "'kills'", "1", "'kills'", "2")])
+    assert [result["passed"] for result in results] == [4, 0, 4, 0, 4]
+
+
+def test_a_module_that_does_not_load_passes_nothing_and_output_goes_nowhere(capfd):
+    assert judge(AUX, f"@undefined\n{MAIN}") == (1.5, 0, "failed: assert candidate(0) == []")
+    assert judge(AUX, ONE.format("print('x' * 10 ** 7)"))[1] == 4
+    assert judge(AUX, ONE.format("f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1"))[1] == 4  # afresh
+    assert judge(AUX, ONE.format("import os; assert not os.listdir('.'); open('x', 'w').close()"))[1] == 4
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("junk", [
+    "\0", "\0" * 100_000, "x" * 100_000, "(" * 90_000, "[" * 50_000 + "]" * 50_000, "-" * 90_000 + "1",
+    "1+" * 50_000 + "1", "lambda:" * 14_000 + "1", "not " * 25_000 + "1", "9" * 10_000, "f'{" * 30_000,
+    "a" + ".b" * 50_000, '"\\d\ud800"', "a" + "()" * 50_000, "```" * 33_000, "@a\n" * 33_000, "\n" * 100_000,
+    "\n".join(" " * i + "if 1:" for i in range(4, 440))])
+def test_no_answer_stops_the_trainer(junk):
+    for aux, main in ((junk, junk), (f"def aux(n):\n    return {junk}", f"def f(n):\n    return aux(n) and {junk}"),
+                      (AUX, f"{junk}\n```\n{MAIN}\n```"), (AUX, f"{MAIN}\n{junk}")):
+        result = coophe_reward(ITEM, aux, main)
+        assert 0 <= result["reward"] <= 4 and result["total"] == 4 and len(result["level"]) < 300
+
+
+def test_a_batch_equals_each_alone():
+    pairs = [(AUX, MAIN), ("", MAIN), (AUX, ""), (WHOLE, "def f(n):\n    return aux(n)"), (AUX, ONE.format("aux(")),
+             (AUX, ONE.format("1 / n")), (AUX, ONE.format("import os; n == 3 and os._exit(0)"))]
+    triples = [(ITEM, *pair) for pair in pairs] * 2
+    assert coophe_rewards(triples) == [coophe_reward(*triple) for triple in triples]
+    assert coophe_rewards([]) == []
