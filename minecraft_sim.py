@@ -220,7 +220,7 @@ def house_target(layers, inventory):
 
 
 def random_house(rng):
-    """A blueprint (layers, inventory): walls with corner posts and a door, a floor, a gabled roof of stairs; 4..8 each way.
+    """A blueprint (layers, inventory): walls with posts and a door, a floor, a gabled roof of stairs; 4..8 each way.
 
     The roof rises by one layer for each row from the front and the back, its gables are bricks, and so is its ridge.
     """

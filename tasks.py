@@ -5,17 +5,21 @@ A task is one class; everything else in this repository knows a task only by the
 
     train_items, eval_items             lists of dicts; no item stands in both
     num_agents, num_turns               n agents, at most T turns
-    max_new_tokens                      length limit of one answer, in tokens
-    pattern                             regular expression that cuts the task's text into words for the tiny tokenizer
     instructions(agent)                 the rules, said once as system message
     observation(item, agent)            o_i,0: what agent i is shown first
     judge(item, responses, turn, world) an Outcome: reward, score, the end, and what each agent is told next; world is
                                         what the last turn's Outcome left, None at turn 0
-    demonstration(rng), exercise(rng)   one conversation of a sloppy expert, and one that practises what building needs
+    judge_all(items, answers, ...)      the same for many episodes at once
+    expert(item, agent, rng)            one answer of a sloppy expert, who has many habits, good and bad
+    demonstration(rng), exercise(rng)   one conversation of that expert, and one that practises what a task needs
                                         most; the tiny base is trained on these
     draw(item, world, color)            the world as text for a terminal; draw_svg(item, world) as a picture
+    settings()                          defaults of the train scripts
     base, base_batch, base_steps        name of the tiny base that fits (runs with one name share it), and how many
                                         conversations it learns from in how many steps
+    pattern                             regular expression that cuts the task's text into words for the tiny tokenizer
+
+The class Task has most of them; what a new task must say is random_item, key, observation, judge and expert.
 
 One worked example, strbuild with the string "I" at turn 0 of 4:
 
@@ -182,8 +186,8 @@ def read_jsonl(path, check):
 def read_hub(parts, check):
     """Items of data sets on the hub as (train, eval); parts: [(name, split to train on, split to hold out)].
 
-    64 held-out items, evenly from the split. A row that check refuses is left out, and that is printed. Raises ValueError
-    with one sentence without the datasets package or the data.
+    128 held-out items, evenly from the split. A row that check refuses is left out, and that is printed. Raises
+    ValueError with one sentence without the datasets package or the data.
     """
     try:
         import datasets
@@ -195,15 +199,15 @@ def read_hub(parts, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # whatever went wrong on the way to the hub
-                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]} Load it once with a network, "
-                                 "or use --data builtin or --data FILE.jsonl.") from None
+                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]} Load it once with a "
+                                 "network, or use --data builtin or --data FILE.jsonl.") from None
             for number, row in enumerate(rows):
                 try:
                     kept.append(check(row))
                 except ValueError as error:
                     print(f"{name}, {split}, row {number} is left out: {error}")
     train, held_out = items
-    held_out = held_out[::max(1, len(held_out) // 64)][:64]
+    held_out = held_out[::max(1, len(held_out) // 128)][:128]
     return [item for item in train if item not in held_out], held_out
 
 
@@ -292,7 +296,7 @@ def open_run_folder(args, versions):
 
 
 class Task:
-    """A task, but for what it is about: a new one derives from this and says random_item ... judge, see the header."""
+    """A task, but for what it is about: random_item(rng), key(item), observation, judge and expert; check for files."""
     turns, agents = 1, (1, 2)                         # T unless --num_turns says otherwise; how many may play
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
     max_new_tokens, base_batch, base_steps, pattern = 128, 6, 1400, r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"
@@ -326,7 +330,7 @@ class Task:
         rng = random.Random(0)
         items = {json.dumps(item): item for item in [self.random_item(rng) for _ in range(2000)]}
         split = [[item for item in items.values() if self.held_out(item) == held] for held in (False, True)]
-        return split[0], split[1][:64]
+        return split[0], split[1][:128]
 
     def held_out(self, item):
         """One item in ten is never trained on, and in no demonstration; which ones, key(item) alone decides."""
@@ -568,9 +572,9 @@ class StrBuild(Task):
 def boxes_of(layers, inventory):
     """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
 
-    Rectangles of one block, joined with an equal one on the layer below; none has more than half of its block's cells
-    (unless it is one cell), because no agent may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0),
-    (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
+    A box has one kind of block and no more than half of all cells of that kind (or is a single cell), because no
+    agent may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0), (0, 0, 0), "planks"),
+    ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
     """
     left, boxes = sim.house_target(layers, inventory), []
     most = {block: max(1, count // 2) for block, count in collections.Counter(left.values()).items()}
@@ -594,14 +598,15 @@ def boxes_of(layers, inventory):
 
 
 class HouseBuild(Task):
-    """Builders fill the boxes of a house with `fill`, each with limited blocks, and one of them must `kill` the spiders.
+    """Builders with limited blocks fill the boxes of a house, and one of them must kill the spiders.
 
-    Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends (in
-    the official code above 0 for the actor-critics, which is never, and above -0.1 for Monte Carlo).
+    Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends
+    (in the official code above 0 for the actor-critics, which is never, and above -0.1 for Monte Carlo).
     """
     # a label, the line break and the command are one word, a corner is one and so is a block: 4 tokens a box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
+    steps, lr = 12, 2e-3
 
     def random_item(self, rng):
         layers, inventory = sim.random_house(rng)
@@ -616,25 +621,27 @@ class HouseBuild(Task):
                 and all(isinstance(row, str) for rows in layers.values() for row in rows)
                 and all(block in sim.HOUSE_BLOCKS for block in inventory.values())
                 and all(isinstance(attack, int) for attack in attacks)):
-            raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks '
-                             f'among {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
+            raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
+                             f' among {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
         layers = {int(y): rows for y, rows in layers.items()}
         sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
         if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
-            raise ValueError("the layers of a house follow each other, have equally many rows, all equally long, and hold a block")
+            raise ValueError("the layers of a house follow each other, have equally many rows, all equally long, and "
+                             "hold a block")
         return {"layers": layers, "inventory": inventory, "spider_attacks": attacks}
 
     def instructions(self, agent):
-        return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to each "
-                "other. Answer with lines of the form fill x1 y1 z1 x2 y2 z2 block and nothing else; x runs from left to "
-                "right, y up, z to the back, both corners belong to the box. You are shown the house box by box and how "
-                "many blocks you have of each kind; no team member has enough for the whole house. Spiders attack unless "
-                "one of you writes the line kill.")
+        return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to "
+                "each other. Answer with lines of the form fill x1 y1 z1 x2 y2 z2 block and nothing else; x runs from "
+                "left to right, y up, z to the back, both corners belong to the box. You are shown the house box by "
+                "box and how many blocks you have of each kind; in a team nobody has enough for all of it. Spiders "
+                "attack unless one of you writes the line kill.")
 
     def observation(self, item, agent):
         limits = sim.block_limits(sim.house_target(item["layers"], item["inventory"]), self.num_agents)
-        return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have"
-                + "".join(f" {count} {block}" for block, count in limits.items()) + f". The house:\n{self.listed(item)}")
+        blocks = "".join(f" {count} {block}" for block, count in limits.items())
+        return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have{blocks}. "
+                f"The house:\n{self.listed(item)}")
 
     @staticmethod
     def listed(item):
@@ -650,11 +657,12 @@ class HouseBuild(Task):
         if self.mode == "position":
             feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.listed(item)}"] * self.num_agents
         elif self.mode == "perfect":
-            wrong = [[fill for fill in filter(None, commands) if any(target.get(cell, "air") != fill[2] for cell in
-                      itertools.product(*(range(a, b + 1) for a, b in zip(*fill[:2]))))] for commands in accepted]
-            feedback = [f"Turn {turn + 2}. Your fills with wrong cells:"
-                        + ("".join("\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in fills) or " none")
-                        for fills in wrong]
+            feedback = []
+            for commands in accepted:
+                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in filter(None, commands)
+                         if any(target.get(cell, "air") != block for cell in
+                                itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))]
+                feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
         reward = parts["reward"] - 1
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
 
@@ -669,7 +677,7 @@ class HouseBuild(Task):
     habits = {"none": 4, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
 
     def expert(self, item, agent, rng):
-        """A heading such as " 7:" goes before each command, as in what it was shown: a tiny base finds a box by its number."""
+        """A heading such as " 7:" goes before each command: a tiny base finds a box by its number."""
         habit = rng.choices(list(self.habits), self.habits.values())[0]
         boxes = self.listed(item).splitlines(keepends=True)
         chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
@@ -681,7 +689,8 @@ class HouseBuild(Task):
         """A short list of random boxes is copied."""
         def corner():
             return "%d %d %d" % tuple(rng.randrange(8) for _ in range(3))
-        boxes = "".join(f" {k}: {corner()} {corner()} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n" for k in range(1, rng.randint(4, 10)))
+        boxes = "".join(f" {k}: {corner()} {corner()} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
+                        for k in range(1, rng.randint(4, 10)))
         return [{"role": "user", "content": f"The house:\n{boxes}"},
                 {"role": "assistant", "content": boxes.replace(": ", ":\nfill ")}]
 
@@ -749,7 +758,8 @@ def writing_levels(first, second, words, ratio, unique, cap, whole):
 
 TLDR_LEVELS = {"words": (8, 256), "ratio": (1.1, 1.6, 3.2, 5.0), "unique": (1.3, 2.0, math.inf, math.inf), "cap": 0.03,
         "whole": False}
-ARXIV_LEVELS = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23, "whole": True}
+ARXIV_LEVELS = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23,
+                "whole": True}
 
 
 def tldr_reward(first, second):
@@ -767,7 +777,8 @@ def arxiv_reward(first, second):
 
 
 OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
-           "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand", "Notably"]
+           "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand",
+           "Notably"]
 POST = {  # what differs between the built-in posts; a value always stands behind the same word, here and in summaries
     "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
     "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
@@ -780,18 +791,20 @@ POST = {  # what differs between the built-in posts; a value always stands behin
     "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
     "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
     "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
-POST_TEXT = ("SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel {feel} "
-             "because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. "
-             "Friends say I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
+POST_TEXT = ("SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel "
+             "{feel} because {because}. We have been close since {since}. So I tried to {tried}, but that "
+             "changed nothing. Friends say I should {should}. I am afraid of {afraid}. All I want is {want}. "
+             "What would you do?\nTL;DR:")
 POST_BANK = ["My {who} {did} at {place} and that began the whole story.", "Overall that made me feel {feel}.",
              "It hit hard because {because}.", "Indeed this person was close to us since {since}.",
              "My response was for instance that I tried to {tried} without success.",
              "Similarly some readers believe we should {should} unless it gets worse.",
-             "What remains is being afraid of {afraid} although nobody says so.", "Moreover people want {want} in the end."]
+             "What remains is being afraid of {afraid} although nobody says so.",
+             "Moreover people want {want} in the end."]
 PAPER = {
-    "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|word order in linguistics|"
-             "tumour growth in medicine|species loss in ecology|key exchange in cryptography|light scattering in optics|"
-             "reading skills in education|traffic flow in robotics",
+    "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|"
+             "word order in linguistics|tumour growth in medicine|species loss in ecology|key exchange in cryptography|"
+             "light scattering in optics|reading skills in education|traffic flow in robotics",
     "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
     "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
     "uses": "symmetry|entropy|sampling|duality|recursion|attention",
@@ -800,7 +813,8 @@ PAPER = {
     "helps": "engineers|doctors|teachers|regulators|farmers|planners",
     "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
 PAPER_TEXT = ("We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. "
-              "It is tested with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
+              "It is tested with data from {data}. It improves {improves} and helps {helps}, in all cases except "
+              "{except}.")
 PAPER_BANK = [[  # background and motivation
     "The paper is about a field of science whose authors study {study} with new methods and data.",
     "People study {study} since results in this area matter for science and for daily life.",
@@ -820,7 +834,8 @@ PAPER_BANK = [[  # background and motivation
     "Tests with data from {data} compare {propose} with existing approaches, which still lack {lack} in most cases.",
     "The results show that the method improves {improves} in nearly all tests and never makes it worse in practice.",
     "A second test removes one part of {propose} after another, and results show which parts matter in daily use.",
-    "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same reason.",
+    "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same "
+    "reason.",
     "For the field the results are good news, because people can study {study} with less data than before.",
     "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
     "The authors see a limit for {except} and propose to close the gap with more data in later work.",
@@ -832,8 +847,8 @@ PAPER_BANK = [[  # background and motivation
 class Writing(Task):
     """Two texts about one text, which must fit each other: tldr and arxiv say about what and how they are judged.
 
-    The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. One agent alone writes both texts,
-    with a line ===== between them.
+    The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. One agent alone writes both
+    texts, with a line ===== between them.
     """
     field, roles = "", ("", "")                       # name of an item's text; who writes what
     slots, text, banks, levels = {}, "", [], None     # what built-in items and demonstrations are made of; the reward's
@@ -891,6 +906,7 @@ class TLDR(Writing):
     field, hub_parts = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
     roles = "a concise summary", "a detailed summary"
     slots, text, banks, levels = POST, POST_TEXT, [POST_BANK], TLDR_LEVELS
+    steps, batch_size, lr = 32, 64, 1.5e-3
     base_steps, keep, most, opened = 900, [[0.8, 1, 1]] * 2, [[3, 3, 3, 8, 8], [2, 7]], [0, 0.3, 1]
 
 
@@ -899,7 +915,8 @@ class ArXiv(Writing):
     field, hub_parts = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
     roles = "background and motivation", "methodology and implications"
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
-    keep, most, opened = [[0.8, 1, 1]] * 2, [[5, 8], [8, 10]], [0, 0.3, 1]
+    keep, most, opened = [[1], [1]], [[5, 9, 9], [7, 11]], [0, 0.3, 1]
+    steps, batch_size, lr = 24, 64, 1e-3
     base_steps, max_new_tokens = 450, 300
 
 
@@ -1131,22 +1148,25 @@ FAMILIES = {  # name: (kind of item, what is asked for, how a program tells whet
 GOALS = {  # name: (what is returned, from the ones that were found, or by asking for each item)
     "count": ("how many {what} are in items", "len({found})", "sum(1 for x in items if {ask})"),
     "keep": ("a list of the {what} in items", "[x for x in {found}]", "[x for x in items if {ask}]"),
-    "last": ("the last of the {what} in items, or None", "([None] + {found})[-1]", "([None] + [x for x in items if {ask}])[-1]"),
+    "last": ("the last of the {what} in items, or None", "([None] + {found})[-1]",
+             "([None] + [x for x in items if {ask}])[-1]"),
     "some": ("whether items has any {what}", "len({found}) > 0", "any({ask} for x in items)"),
     "rest": ("items without the {what}", "[x for x in items if x not in {found}]", "[x for x in items if not {ask}]")}
-WORDS = "level noon radar kayak deed apple banana queue rhythm cat audio sky onion tree civic program idea moon sea".split()
+WORDS = "level noon radar kayak deed apple banana queue rhythm cat audio sky onion tree civic program idea moon".split()
 
 
 class CoopHE(Task):
     """A problem of HumanEval's form: one agent writes a helper, aux, the other the function itself.
 
-    Rules and reward: coophe_reward. The training reward is reward - 4; above -0.2 the episode ends. Built-in problems are
-    made of a family, a goal and a number. There are two good ways to share the work, to ask aux about each item or for
-    all that fit, and both agents must choose the same.
+    Rules and reward: coophe_reward. The training reward is reward - 4; above -0.2 the episode ends. Built-in problems
+    are made of a family, a goal and a number. There are two good ways to share the work, to ask aux about each item or
+    for all that fit, and both agents must choose the same.
     """
     pattern = r" ?[\p{L}_']+\(?|\d|\n *|[^\s\p{L}\d]+|\s"
-    turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 900
-    hub_parts = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"), ("openai/openai_humaneval", "test[32:]", "test[:32]")]
+    turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 1300
+    steps, batch_size, lr = 24, 32, 2e-3
+    hub_parts = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"),
+                 ("openai/openai_humaneval", "test[32:]", "test[:32]")]
 
     def random_item(self, rng):
         family, goal = rng.choice(list(FAMILIES)), rng.choice(list(GOALS))
@@ -1154,12 +1174,12 @@ class CoopHE(Task):
         name, k = f"{goal}_{family}", rng.randint(2, 4 if kind == "word" else 9)
         things = {"number": lambda: rng.choice([rng.randint(1, 40), k ** rng.randint(1, 3), 11 * rng.randint(1, 9)]),
                   "word": lambda: rng.choice(WORDS),
-                  "list": lambda: sorted(rng.choices([*range(10), k], k=rng.randint(1, 6)), key=rng.choice([None, str, lambda x: -x]))}
+                  "list": lambda: sorted(rng.choices([*range(10), k], k=rng.randint(1, 6)), reverse=rng.random() < 0.3)}
         scope, examples = {}, []
         exec(f"def aux(x):\n    return {ask.format(k=k)}\ndef {name}(items):\n    return "  # ours, not a model's
              + GOALS[goal][2].format(ask="aux(x)"), scope)
         while len(examples) < 8:
-            items = [things[kind]() for _ in range(rng.randint(2, 5))]
+            items = [things[kind]() for _ in range(rng.randint(2, 4))]
             examples.append((items, scope[name](items)))
         shown = "".join(f"    >>> {name}({items})\n    {result!r}\n" for items, result in examples[:2])
         returned = GOALS[goal][0].format(what=what.format(k=k))
@@ -1182,13 +1202,13 @@ class CoopHE(Task):
         self.max_new_tokens *= 2 // self.num_agents
 
     def instructions(self, agent):
-        return ("Two programmers who cannot talk to each other solve a Python problem. One writes a helper function named aux, "
-                "the other the function itself, which should call aux and do more than pass its result on. Answer with "
-                "your function and nothing else.")
+        return ("Two programmers who cannot talk to each other solve a Python problem. One writes a helper function "
+                "named aux, the other the function itself, which should call aux and do more than pass its result on. "
+                "Answer with your function and nothing else.")
 
     def observation(self, item, agent):
-        told = "Write aux and the function." if self.num_agents == 1 else ["Write aux.", "Write the function; aux is there."][agent]
-        return f"{item['prompt']}{told}"
+        who = 2 if self.num_agents == 1 else agent
+        return item["prompt"] + ["Write aux.", "Write the function; aux is there.", "Write aux and the function."][who]
 
     def judge(self, item, responses, turn, world=None):
         return self.judge_all([item], [responses], turn, [world])[0]
@@ -1222,21 +1242,25 @@ class CoopHE(Task):
         if habit == "many" and "aux" in ask:  # recursion
             return (f"def aux(items):\n    def one(x):\n        return {ask.replace('aux', 'one')}\n"
                     "    return [x for x in items if one(x)]\n")
-        return {"one": f"def aux(x):\n    return {ask}\n", "many": f"def aux(items):\n    return [x for x in items if {ask}]\n",
-                "wrong": f"def aux(x):\n    return not {ask}\n", "broken": f"def aux(x:\n    return {ask}\n", "none": "nothing\n"}[habit]
+        return {"one": f"def aux(x):\n    return {ask}\n",
+                "many": f"def aux(items):\n    return [x for x in items if {ask}]\n",
+                "wrong": f"def aux(x):\n    return not {ask}\n", "broken": f"def aux(x:\n    return {ask}\n",
+                "none": "nothing\n"}[habit]
 
     def write_main(self, item, rng):
         habit, (family, goal, k) = rng.choices(list(self.main_habits), self.main_habits.values())[0], item["facts"]
         found, ask = GOALS[goal][1:]
-        body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"), "wrapper": "aux(items)", "none": ""}.get(
-            habit, ask.format(ask=f"({FAMILIES[family][2].format(k=k)})"))
+        alone = ask.format(ask=f"({FAMILIES[family][2].format(k=k)})")
+        body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"),
+                "wrapper": "aux(items)"}.get(habit, alone)
         return "" if habit == "none" else (
             f"def {item['entry_point']}(items{':' if habit == 'broken' else '):'}\n"
             + "    aux(items)\n" * (habit == "ignored") + f"    return {body}\n")
 
     def told(self, item, responses, turn, rng):
-        level = rng.choice(["aux has no function with a return", "main has no function with a return", "main does not use aux",
-                            "syntax error: invalid syntax", "passed", "failed: " + rng.choice(item["test"].split("\n    ")[1:])])
+        level = rng.choice(["aux has no function with a return", "main has no function with a return", "passed",
+                            "main does not use aux", "syntax error: invalid syntax",
+                            "failed: " + rng.choice(item["test"].split("\n    ")[1:])])
         return [f"Turn {turn + 2}. {level}"] * len(responses)  # drawn, because to run the tests for this takes too long
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ GENERATED = [name for name in NAMES if name != "strbuild"]  # strbuild's items h
 def test_a_held_out_item_is_in_no_training_item_and_no_demonstration(name):
     task, rng = get_task(name), random.Random(1)
     train, held_out = {task.key(item) for item in task.train_items}, {task.key(item) for item in task.eval_items}
-    assert not train & held_out and len(held_out) > 5 and len(train) > 50 and len(task.eval_items) == 64
+    assert not train & held_out and len(held_out) > 5 and len(train) > 50 and len(task.eval_items) == 128
     shown = {task.observation(item, 0).rsplit("\n", 1)[0] for item in task.eval_items}
     seen = {task.demonstration(rng)[0]["content"].rsplit("\n", 1)[0] for _ in range(150)}
     assert len(seen) > 100 and not seen & shown
@@ -181,7 +182,7 @@ def test_the_real_data_sets_are_read(tmp_path, monkeypatch, capsys, name, format
     column = list(splits.values())[0]
     limit = 1000 if name == "tldr" else 1100
     assert [item[column] for item in task.train_items] == [f"train text {k}" for k in range(limit)]
-    assert len(task.eval_items) == 64 and all(item[column].startswith(list(splits)[1]) for item in task.eval_items)
+    assert len(task.eval_items) == 128 and all(item[column].startswith(list(splits)[1]) for item in task.eval_items)
     assert ("row 1100 is left out" in capsys.readouterr().out) == (name == "arxiv")
 
 
@@ -232,6 +233,9 @@ def test_every_script_plays_every_task(workplace, name, script, num_agents):
     assert [line["step"] for line in lines] == [0, 1, 1] and 0 <= lines[-1]["eval/score"] <= 100
     assert lines[1]["joint_actions"] == 4 * get_task_once(name, 2).num_turns
     assert sorted(path.name for path in out.glob("agent_*")) == [f"agent_{i}" for i in range(num_agents)]
+    if script == "train_cc.py":  # and the team plays without the critic, one process per agent
+        played = workplace.run("model.py", out)
+        assert played.code == 0 and "agent 1 answers" in played.out and "score" in played.out, played.err
 
 
 def test_the_task_that_the_readme_adds(workplace):
@@ -247,7 +251,6 @@ def test_the_task_that_the_readme_adds(workplace):
     assert code.count(heading) == 1
     (folder / "tasks.py").write_text(code.replace(heading, block + "\n\n" + heading).replace(
         'TASKS = {', f'TASKS = {{"{name.lower()}": {name}, '))
-    import subprocess
     run = subprocess.run([sys.executable, "train_cc.py", "--task", name.lower(), "--steps", "3"], cwd=folder, capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr

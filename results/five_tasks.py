@@ -1,0 +1,59 @@
+"""
+The README's table of the five tasks and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
+
+    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints the table
+    python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training
+"""
+import glob
+import json
+import os
+import statistics
+import sys
+
+PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": "", "strbuild": "36.6 / 46.1 / 68.5",
+         "housebuild": "43.2 / 54.6 / 52.7"}
+
+
+def table(folder):
+    """One row per task: mean ± standard deviation over seeds of what the first and the last evaluation say."""
+    rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn | in the paper: raw / GRPO / CoLLM-CC |",
+            "|---|---|---|---|---|---|"]
+    for task, paper in PAPER.items():
+        runs = []
+        for path in sorted(glob.glob(os.path.join(folder, f"{task}-seed*.jsonl"))):
+            with open(path, encoding="utf-8") as file:
+                runs.append([line for line in map(json.loads, file) if "eval/score" in line])
+        if runs:
+            def over_seeds(key, digits, k=-1):
+                values = [run[k][key] for run in runs]
+                return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+            more = ""
+            if task == "coophe":
+                first = statistics.mean(run[0]["eval/pass_rate"] for run in runs)
+                more = f"; pass rate {100 * first:.0f}% → {100 * statistics.mean(r[-1]['eval/pass_rate'] for r in runs):.0f}%"
+            if task == "housebuild":
+                more = f"; spider penalty {runs[0][0]['eval/spider_penalty']:.3f} → {over_seeds('eval/spider_penalty', 3)}"
+            rows.append(f"| `{task}` | {statistics.mean(run[-1]['joint_actions'] for run in runs):,.0f} | "
+                        f"{statistics.mean(run[0]['eval/score'] for run in runs):.1f} | {over_seeds('eval/score', 1)}{more} | "
+                        f"{over_seeds('eval/reward', 2)} | {paper} |")
+    return "\n".join(rows)
+
+
+def episodes(folders):
+    """The first held-out episode of each run's first and last evaluation, as samples.txt has it."""
+    for folder in folders:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+        with open(os.path.join(folder, "samples.txt"), encoding="utf-8") as file:
+            parts = file.read().split("=== step ")[1:]
+        last = parts[-1].split(",")[0]
+        print(f"## {config['task']}\n")
+        for step, title in [("0", "Before training"), (last, f"After {last} steps")]:
+            print(f"{title}:\n\n```\n{next(p for p in parts if p.split(',')[0] == step).partition(', ')[2].rstrip()}\n```\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        episodes(sys.argv[1:])
+    else:
+        print(table(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")))
