@@ -199,8 +199,8 @@ def read_hub(parts, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # whatever went wrong on the way to the hub
-                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]} Load it once with a "
-                                 "network, or use --data builtin or --data FILE.jsonl.") from None
+                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]}; load it once with "
+                                 "a network, or use --data builtin or --data FILE.jsonl.") from None
             for number, row in enumerate(rows):
                 try:
                     kept.append(check(row))
@@ -361,7 +361,7 @@ class Task:
 
     def demonstration(self, rng):
         item, team = self.shown(rng), copy.copy(self)
-        team.num_agents = rng.choice([1, 2, 2])
+        team.num_agents, team.mode = rng.choice([1, 2, 2]), self.feedback_modes[0]  # one base for all options
         agent, turn = rng.randrange(team.num_agents), rng.randrange(3)
         first = [team.expert(item, i, rng) for i in range(team.num_agents)]
         messages = [{"role": "user", "content": team.observation(item, agent)},
@@ -870,6 +870,10 @@ class Writing(Task):
             raise ValueError(f'a line needs a "{self.field}" that is a text and not empty')
         return {self.field: text}
 
+    def instructions(self, agent):
+        team = "" if self.num_agents == 1 else "You share a task with another writer and cannot talk to each other. "
+        return f"{team}The two texts must fit each other in length and words. Answer with the text and nothing else."
+
     def observation(self, item, agent):
         told = "Write {}, then a line =====, then {}.".format(*self.roles) if self.num_agents == 1 else (
             f"Write {self.roles[agent]}.")
@@ -1164,7 +1168,7 @@ class CoopHE(Task):
     """
     pattern = r" ?[\p{L}_']+\(?|\d|\n *|[^\s\p{L}\d]+|\s"
     turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 1300
-    steps, batch_size, lr = 24, 32, 2e-3
+    steps, batch_size, lr = 14, 32, 2e-3
     hub_parts = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"),
                  ("openai/openai_humaneval", "test[32:]", "test[:32]")]
 
