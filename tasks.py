@@ -382,6 +382,9 @@ class Task:
     def draw(self, item, world, color=False):
         return ""
 
+    def draw_svg(self, item, world):
+        raise ValueError(f"{self.name} has no picture.")
+
 
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
 
@@ -818,30 +821,23 @@ PAPER_TEXT = ("We study {study}. Existing approaches lack {lack}. We propose {pr
 PAPER_BANK = [[  # background and motivation
     "The paper is about a field of science whose authors study {study} with new methods and data.",
     "People study {study} since results in this area matter for science and for daily life.",
-    "The existing approaches were made for simple cases and most of them still lack {lack} today.",
+    "The existing approaches, however, were made for simple cases and most still lack {lack} today.",
     "Models that lack {lack} give results which look good in tests and fail in daily use.",
-    "Earlier work on {study} needs large samples of data and gives little insight into causes.",
+    "Earlier work on {study}, for instance, needs large samples of data and gives no insight into causes.",
     "The authors see a gap here and propose {propose} as one way in which the gap can be closed.",
-    "The motivation is that a method which uses {uses} should need less data and give more insight.",
-    "There is plenty of data from {data} in this field and earlier methods made little use of it.",
-    "A better method improves {improves} and that is what people in practice ask science for.",
-    "The work is done for a reason, as a good method for {study} helps {helps} in daily life.",
-    "Open questions remain for {lack} and the authors want to answer them one by one.",
-    "The aim of the paper is a simple method for {study} which people can trust in practice."], [
+    "The motivation is therefore that a method which uses {uses} should need less data and give more insight.",
+    "There is plenty of data from {data} in this field and earlier methods made little use of it."], [
     "The authors propose {propose} as a new method, and the method uses {uses} at each step of the work.",
     "In simple words the method reads data from {data} and learns in small steps how {study} behaves in practice.",
     "The use of {uses} keeps the method simple and makes sure that large samples of data are not needed.",
     "Tests with data from {data} compare {propose} with existing approaches, which still lack {lack} in most cases.",
-    "The results show that the method improves {improves} in nearly all tests and never makes it worse in practice.",
-    "A second test removes one part of {propose} after another, and results show which parts matter in daily use.",
+    "Overall the results show that the method improves {improves} in nearly all tests and never makes it worse.",
+    "Moreover a second test removes one part of {propose} after another to show which parts matter in daily use.",
     "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same "
     "reason.",
-    "For the field the results are good news, because people can study {study} with less data than before.",
+    "Indeed for the field the results are good news, because people can study {study} with less data than before.",
     "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
-    "The authors see a limit for {except} and propose to close the gap with more data in later work.",
-    "Other areas of science which lack {lack} can use the same steps, since the method makes no use of special cases.",
-    "The paper shows that a simple method can be trusted, and it gives the code and data for all tests.",
-    "All in all the work on {study} improves {improves} and opens the way for new questions in this area."]]
+    "The authors see a limit for {except} and propose to close the gap with more data in later work."]]
 
 
 class Writing(Task):
@@ -919,9 +915,9 @@ class ArXiv(Writing):
     field, hub_parts = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
     roles = "background and motivation", "methodology and implications"
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
-    keep, most, opened = [[1], [1]], [[5, 9, 9], [7, 11]], [0, 0.3, 1]
-    steps, batch_size, lr = 24, 64, 1e-3
-    base_steps, max_new_tokens = 450, 300
+    keep, most, opened = [[1], [1]], [[4, 8, 8, 8, 8], [5, 10, 10, 10, 10]], [0, 0.3, 1]
+    steps, batch_size, lr = 16, 64, 8e-4
+    base_steps, max_new_tokens = 800, 280
 
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
@@ -1287,15 +1283,18 @@ def main():
     parser = argparse.ArgumentParser(description="Show an item, what each agent sees, two answers and their reward.")
     parser.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--seed", type=int, default=0, help="picks the item and the answers")
+    parser.add_argument("--svg", metavar="FILE", help="strbuild, housebuild: also write the world as a picture")
     args = parser.parse_args()
+    rng = random.Random(args.seed)
     try:
         task = get_task(args.task)
-    except ValueError as error:
+        episode = Episode(rng.choice(task.train_items))
+        responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
+        outcome = task.judge(episode.item, responses, 0)
+        if args.svg:
+            write_text(args.svg, task.draw_svg(episode.item, outcome.world))
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    rng = random.Random(args.seed)
-    episode = Episode(rng.choice(task.train_items))
-    responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
-    outcome = task.judge(episode.item, responses, 0)
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")
         for message in history(task, episode, agent):

@@ -337,11 +337,17 @@ def test_options_that_make_no_sense(name, options, said):
         get_task(name, **options)
 
 
-def test_the_script_shows_an_item():
+def test_the_script_shows_an_item(tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, "tasks.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     shown = run("--task", "strbuild", "--seed", "3")
     assert shown.returncode == 0 and "training reward" in shown.stdout and "/setblock" in shown.stdout
     assert run("--task", "strbuild", "--seed", "3").stdout == shown.stdout != run("--seed", "4").stdout
+    for name in set(tasks.TASKS) - {"strbuild"}:
+        shown = run("--task", name, "--svg", str(tmp_path / f"{name}.svg"))
+        assert ("training reward" in shown.stdout and "agent 1" in shown.stdout) == (name == "housebuild"), shown.stderr
+        assert name == "housebuild" or shown.returncode == 2 and "no picture" in shown.stderr
+        assert name == "housebuild" or "training reward" in run("--task", name).stdout
+    assert (tmp_path / "housebuild.svg").read_text().startswith("<svg")
     wrong = run("--task", "chess")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout
