@@ -29,6 +29,7 @@ import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
+from jinja2.exceptions import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
@@ -47,6 +48,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                  "{% if add_generation_prompt %}assistant:{% endif %}")
 # the tiny base knows the rules from its demonstrations, so its template leaves the system message out
 TEMPLATE = ("{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
             "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -145,6 +148,28 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
     return folder
 
 
+def load_tokenizer(name):
+    """(tokenizer, whether its chat template knows system messages, the token that ends an answer).
+
+    That token is what the template puts behind an answer: Gemma's is <end_of_turn>, though its eos token is <eos>. A model
+    without a template, such as GPT-2, reads plain text and ends with its eos token. ValueError where there is none.
+    """
+    tokenizer, knows_system = AutoTokenizer.from_pretrained(name), True
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    talk = [{"role": role, "content": "\u00a7"} for role in ("system", "user", "assistant")]
+    try:
+        tokenizer.apply_chat_template(talk[:2], tokenize=False)
+    except TemplateError:
+        knows_system = False
+    text = tokenizer.apply_chat_template(talk[1:], tokenize=False, enable_thinking=False)
+    after = tokenizer(text[text.rindex("\u00a7") + 1:], add_special_tokens=False).input_ids[:1]
+    end = after[0] if after and after[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(f"{name} has a tokenizer without an end token; answers could not end.")
+    return tokenizer, knows_system, end
+
+
 def check_model(name):
     """Raise ValueError with one sentence when `name` is no model to load; nothing is loaded yet."""
     if name == "tiny":
@@ -155,6 +180,7 @@ def check_model(name):
         raise ValueError(f"{name} is not a model folder: it has no weights.")
     try:
         AutoConfig.from_pretrained(name)
+        load_tokenizer(name)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
@@ -204,12 +230,11 @@ class LanguageModel:
 
     def __init__(self, folder, device="cpu", rank=16):
         self.folder, self.device, self.rank, self.peft = folder, device, rank, None
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
         self.causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
-        self.end = self.tokenizer.eos_token_id
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
         config = self.causal_lm.config
         self.softcap, self.logits_scaling = (getattr(config, name, None) for name in (
@@ -281,8 +306,12 @@ class LanguageModel:
                               for layer in self.lora_layers()} for name in dict.fromkeys(names)} if small else {}
 
     def render(self, messages):
-        """Token ids of a history in the model's own chat format, up to where the answer begins."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off."""
+        if messages[0]["role"] == "system" and not self.knows_system:
+            rules, first, *rest = messages
+            messages = [first | {"content": f"{rules['content']}\n\n{first['content']}"}, *rest]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                  enable_thinking=False)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def decode(self, tokens):

@@ -1,4 +1,5 @@
 """The language model and the critic: every log-probability is computed a second time, by plain transformers and PEFT."""
+import copy
 import os
 import random
 
@@ -80,6 +81,56 @@ def plain_logprobs(network, prompt, answer):
         logits = network(input_ids=torch.tensor([prompt + answer])).logits[0].float()
     logp = logits.log_softmax(-1)
     return torch.tensor([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)])
+
+
+# --- chat formats -----------------------------------------------------------------------------------------------------
+
+LOOP = "{% for m in messages %}"
+CHATS = {  # name: (template in the manner of that family, what ends an answer, what two messages and the prompt become)
+    "qwen3": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+              "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+              "<|im_end|>", "<|im_start|>system\nRules.<|im_end|>\n<|im_start|>user\nDo.<|im_end|>\n<|im_start|>assistant\n"
+              "<think>\n\n</think>\n\n"),
+    "llama3": (LOOP + "<|start|>{{ m.role }}\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start|>"
+               "assistant\n\n{% endif %}", "<|eot_id|>", "<|start|>system\n\nRules.<|eot_id|><|start|>user\n\nDo.<|eot_id|>"
+               "<|start|>assistant\n\n"),
+    "gemma": ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP + "<start_of_turn>"
+              "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "<end_of_turn>",
+              "<start_of_turn>user\nRules.\n\nDo.<end_of_turn>\n<start_of_turn>model\n"),
+    "mistral": ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + LOOP + "{% if m.role == 'user' %}"
+                "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}", "<|end|>",
+                "[INST] Rules.\n\nDo. [/INST]"),
+    "none": (None, "<|end|>", "system: Rules.\nuser: Do.\nassistant:")}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_every_chat_format_is_spoken_and_its_end_is_known(name, tokenizers, tmp_path):
+    template, end, expected = CHATS[name]
+    tokenizer = copy.deepcopy(tokenizers[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|start|>", "<|eot_id|>",
+                                                                "<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = template
+    folder = make_folder(CONFIGS["llama"], tmp_path, tokenizer)
+    model.check_model(folder)
+    lm = team(folder, ["agent_0"])
+    talk = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Do."}]
+    assert lm.tokenizer.decode(lm.render(talk)) == expected
+    assert lm.end == tokenizer.convert_tokens_to_ids(end)
+    more = talk + [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Again."}]
+    assert lm.tokenizer.decode(lm.render(more)).startswith(expected[:20]) and "Again." in lm.tokenizer.decode(lm.render(more))
+    likely_to_end(lm)
+    tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, 16, torch.Generator().manual_seed(0))
+    assert {answer[-1] for answer in tokens if len(answer) < 16} == {lm.end}
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizers, tmp_path):
+    tokenizer = copy.deepcopy(tokenizers[1])
+    tokenizer.chat_template, tokenizer.eos_token = None, None
+    folder = make_folder(CONFIGS["llama"], tmp_path, tokenizer)
+    with pytest.raises(ValueError, match="end token") as error:
+        model.check_model(folder)
+    assert "\n" not in str(error.value)
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
