@@ -151,8 +151,8 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
 def load_tokenizer(name):
     """(tokenizer, whether its chat template knows system messages, the token that ends an answer).
 
-    That token is what the template puts behind an answer: Gemma's is <end_of_turn>, though its eos token is <eos>. A model
-    without a template, such as GPT-2, reads plain text and ends with its eos token. ValueError where there is none.
+    That token is what the template puts behind an answer: Gemma's is <end_of_turn>, though its eos token is <eos>. A
+    model without a template, such as GPT-2, reads plain text and ends with its eos token. ValueError if there is none.
     """
     tokenizer, knows_system = AutoTokenizer.from_pretrained(name), True
     if tokenizer.chat_template is None:

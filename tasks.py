@@ -847,6 +847,7 @@ class Writing(Task):
     texts, with a line ===== between them.
     """
     field, roles = "", ("", "")                       # name of an item's text; who writes what
+    brief = ""                                        # how a text begins that will be too short
     slots, text, banks, levels = {}, "", [], None     # what built-in items and demonstrations are made of; the reward's
 
     def setup(self):
@@ -892,7 +893,7 @@ class Writing(Task):
     def write(self, item, part, rng):
         bank = self.banks[part % len(self.banks)]
         keep, most, opened = (rng.choice(habits) for habits in (self.keep[part], self.most[part], self.opened))
-        text = []
+        text = [self.brief] if self.brief and most < len(bank) else []
         for sentence in [s for s in bank if rng.random() < keep][:most] or bank[:1]:
             sentence = sentence.format(**item["facts"])
             if rng.random() < opened:
@@ -916,6 +917,7 @@ class ArXiv(Writing):
     roles = "background and motivation", "methodology and implications"
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
     keep, most, opened = [[1], [1]], [[4, 8, 8, 8, 8], [5, 10, 10, 10, 10]], [0, 0.3, 1]
+    brief = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
     steps, batch_size, lr = 16, 64, 8e-4
     base_steps, max_new_tokens = 800, 280
 
