@@ -918,7 +918,7 @@ class ArXiv(Writing):
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
     keep, most, opened = [[1], [1]], [[4, 8, 8, 8, 8], [5, 10, 10, 10, 10]], [0, 0.3, 1]
     brief = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
-    steps, batch_size, lr = 16, 64, 8e-4
+    steps, batch_size, lr = 28, 64, 8e-4
     base_steps, max_new_tokens = 800, 280
 
 
