@@ -705,7 +705,7 @@ TRANSITIONS = {
     "elaboration": ["furthermore", "in addition", "moreover", "additionally"],
     "examples": ["for example", "for instance", "such as", "namely"],
     "explanation": ["in other words", "that is to say", "specifically", "to clarify"],
-    "cause_effect": ["therefore", "consequently", "thus", "hence", "because"],
+    "cause_effect": ["therefore", "as a result", "consequently", "thus", "hence", "because"],
     "contrast": ["however", "although", "on the other hand", "while", "in contrast", "nevertheless"],
     "sequence": ["in summary", "meanwhile", "firstly", "secondly", "subsequently"],
     "emphasis": ["indeed", "above all", "in particular", "notably"],

@@ -40,16 +40,17 @@ def table(folder):
 
 
 def episodes(folders):
-    """The first held-out episode of each run's first and last evaluation, as samples.txt has it."""
+    """Of the four held-out episodes in each run's samples.txt, the one that the untrained team did worst: then and after."""
     for folder in folders:
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
         with open(os.path.join(folder, "samples.txt"), encoding="utf-8") as file:
-            parts = file.read().split("=== step ")[1:]
-        last = parts[-1].split(",")[0]
-        print(f"## {config['task']}\n")
-        for step, title in [("0", "Before training"), (last, f"After {last} steps")]:
-            print(f"{title}:\n\n```\n{next(p for p in parts if p.split(',')[0] == step).partition(', ')[2].rstrip()}\n```\n")
+            parts = [part.partition(", ") for part in file.read().split("=== step ")[1:]]
+        last = parts[-1][0]
+        before, after = ([text.rstrip() for step, _, text in parts if step == which] for which in ("0", last))
+        worst = min(range(len(before)), key=lambda k: float(before[k].rsplit("score ", 1)[1]))
+        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[worst]}\n```\n\n"
+              f"After {last} steps:\n\n```\n{after[worst]}\n```\n")
 
 
 if __name__ == "__main__":

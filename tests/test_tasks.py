@@ -271,6 +271,15 @@ def test_tldr_by_hand(first, second, reward):
     assert tasks.tldr_reward(first, second) == pytest.approx(reward, abs=1e-12)
 
 
+@pytest.mark.parametrize("phrase, categories", [  # as the official lists have them, substrings included
+    ("however", 2), ("although", 2), ("furthermore", 1), ("in addition", 1), ("therefore", 1), ("for example", 1),
+    ("in summary", 2), ("meanwhile", 4), ("on the other hand", 1), ("as a result", 2)])
+def test_every_published_phrase_counts_in_its_categories(phrase, categories):
+    assert sum(any(p in phrase for p in phrases) for phrases in tasks.TRANSITIONS.values()) == categories
+    assert tasks.tldr_reward(words(10), words(21, 0) + " " + phrase) == pytest.approx(
+        0.5 + 1 + 0.5 + 0.4 * (0.4 + 0.05 * (categories - 1)) + 0.6)
+
+
 def test_arxiv_by_hand():
     first = words(128)                                       # 511 characters
     assert tasks.arxiv_reward(words(127), words(128)) == 0
