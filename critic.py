@@ -89,9 +89,10 @@ class Critic(nn.Module):
 
     def __init__(self, lm, name, num_turns, max_tokens):
         super().__init__()
-        self.lm, self.name, self.max_tokens, self.truncated = [lm], name, max_tokens, 0  # a list: not a submodule
-        self.adapter = lm.add_adapter(name)
+        self.lm, self.name, self.truncated = [lm], name, 0  # a list: not a submodule
+        self.max_tokens = min(max_tokens, lm.context)
         self.head = nn.Linear(lm.hidden_size, num_turns, device=lm.device)
+        self.weights = [*lm.add_adapter(name), *self.head.parameters()]
         nn.init.zeros_(self.head.weight)  # V starts at the mean return
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(num_turns, device=lm.device))

@@ -4,10 +4,13 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
     LanguageModel.generate   samples for many histories at once, rows of different agents in one batch, with a KV cache
     LanguageModel.logprobs   log pi(a | h) of given answers, with gradients for the adapters
     build_tiny               makes the base "tiny": a 1M-parameter transformer trained on a task's demonstrations
+    join_ranks, gather, ...  what training on several GPUs or machines needs
 
     python model.py out/cc-strbuild --string CLIM      # the trained team at work: one process per agent, no critic
+    python model.py out/cc-strbuild --merge team       # team/agent_0, ...: plain models, adapters merged into them
 """
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
@@ -23,11 +26,13 @@ import sys
 import tempfile
 import types
 import warnings
+import zlib
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,7 +44,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
-from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history
+from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, write_text
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -170,28 +175,53 @@ def load_tokenizer(name):
     return tokenizer, knows_system, end
 
 
-def check_model(name):
-    """Raise ValueError with one sentence when `name` is no model to load; nothing is loaded yet."""
-    if name == "tiny":
-        return
-    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(f"{name} is not a model folder: it has no config.json.")
-    if os.path.exists(name) and not any(glob.glob(os.path.join(name, end)) for end in ("*.safetensors", "*.bin")):
-        raise ValueError(f"{name} is not a model folder: it has no weights.")
-    try:
-        AutoConfig.from_pretrained(name)
-        load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
+def check_model(names, num_agents):
+    """Raise ValueError with one sentence when names is no model to load, or A,B with not one for each agent.
+
+    Nothing is loaded yet.
+    """
+    if names.count(",") not in (0, num_agents - 1):
+        raise ValueError(f"--model {names} names {names.count(',') + 1} models for {num_agents} agents.")
+    for name in dict.fromkeys(names.split(",")):
+        if name == "tiny":
+            continue
+        if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError(f"{name} is not a model folder: it has no config.json.")
+        if os.path.exists(name) and not any(glob.glob(os.path.join(name, end)) for end in ("*.safetensors", "*.bin")):
+            raise ValueError(f"{name} is not a model folder: it has no weights.")
+        try:
+            AutoConfig.from_pretrained(name)
+            load_tokenizer(name)
+        except (OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
 
 
-def model_folder(name, task):
-    """The folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE."""
+def model_folders(names, task):
+    """Per agent the folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE."""
     folder = os.path.join("out", f"tiny-{task.base}")
-    if name == "tiny" and not os.path.isdir(folder):
+    if "tiny" in names.split(",") and not os.path.isdir(folder) and os.environ.get("RANK", "0") == "0":
         build_tiny(task, folder)
-    return folder if name == "tiny" else name
+    gather([])  # the other ranks wait for it
+    folders = [folder if name == "tiny" else name for name in names.split(",")]
+    return folders if len(folders) == task.num_agents else folders * task.num_agents
+
+
+def load_models(names, task, max_new_tokens, *options):
+    """Per agent its LanguageModel; agents of the same folder share one, which is in memory once.
+
+    Raises ValueError with one sentence when a folder cannot be loaded, or when the prompts that this task begins with
+    and max_new_tokens do not fit into a model's context. What does not fit later is cut, and counted in .truncated.
+    """
+    folders = model_folders(names, task)
+    bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}
+    for agent, folder in enumerate(folders):
+        for item in task.eval_items + task.train_items[:100]:
+            prompt = len(bases[folder].render(history(task, Episode(item), agent)))
+            if prompt + max_new_tokens > bases[folder].context:
+                raise ValueError(f"A prompt of {task.name} has {prompt} tokens; with {max_new_tokens} new ones it does "
+                                 f"not fit into the {bases[folder].context} tokens that {folder} can read.")
+    return [bases[folder] for folder in folders]
 
 
 def memory_gb(device):
@@ -199,6 +229,48 @@ def memory_gb(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+# --- several GPUs or machines -----------------------------------------------------------------------------------------
+
+
+def join_ranks(device):
+    """(rank, number of ranks, device) of a script that torchrun started several times; (0, 1, device) of any other.
+
+    Every rank draws the same random numbers and knows all episodes; it plays its share of them, and computes the
+    gradients of its share of the micro-batches. So N ranks with N x B episodes do what one rank would do with them.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank() > 0:  # one rank talks
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gather(rows):
+    """The lists of all ranks, joined in the order of the ranks: [1] on rank 0 and [2, 3] on rank 1 give [1, 2, 3]."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def sum_gradients(parameters):
+    """Add up the gradients of all ranks, each of which has divided its loss by the number of rows of all of them."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
 
 
 # --- the base and its adapters ----------------------------------------------------------------------------------------
@@ -228,24 +300,40 @@ class LanguageModel:
     Every method takes `names`, one adapter name per row; rows of one adapter must stand together.
     """
 
-    def __init__(self, folder, device="cpu", rank=16):
+    def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False):
         self.folder, self.device, self.rank, self.peft = folder, device, rank, None
         self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
-        self.causal_lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        try:
+            self.causal_lm = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, attn_implementation=attn)
+        except Exception as error:  # weights from anywhere can be wrong in any way
+            raise ValueError(f"{folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
-        config = self.causal_lm.config
+        config = self.causal_lm.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 10 ** 9
+        self.truncated = 0  # prompts that lost their oldest tokens because the context was full
         self.softcap, self.logits_scaling = (getattr(config, name, None) for name in (
             "final_logit_softcapping", "logits_scaling"))  # Gemma 2, Granite
         # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
+        some = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
+        self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
+        self.checkpointed = []  # what computes its activations again in the backward pass
+        if checkpointing:
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.checkpointed = [m for m in self.causal_lm.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def add_adapter(self, name, folder=None):
-        """Add a fresh LoRA adapter, or the one saved in folder; returns its parameters (fp32)."""
+        """Add a fresh LoRA adapter, or the one saved in folder; returns its parameters (fp32).
+
+        Raises ValueError with one sentence when the one in folder was trained on another base.
+        """
+        if folder is not None:
+            self.check_base(folder)
         if folder is not None and self.peft is None:
             self.peft = PeftModel.from_pretrained(self.causal_lm, folder, adapter_name=name)
         elif folder is not None:
@@ -264,6 +352,16 @@ class LanguageModel:
             p.requires_grad_(True)
             p.data = p.data.float()
         return parameters
+
+    def check_base(self, folder):
+        """Compare what save_adapter recorded in folder with this base; ValueError with one sentence if they differ."""
+        path = os.path.join(folder, "base.json")
+        if os.path.exists(path):
+            with open(path) as file:
+                base = json.load(file)
+            if base["fingerprint"] != self.fingerprint:
+                raise ValueError(f"{folder} was trained on another base: {base['model']}, whose weights are not those "
+                                 f"of {self.folder}.")
 
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
@@ -291,11 +389,9 @@ class LanguageModel:
             out.append(base)
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    @contextlib.contextmanager
     def rows(self, names):
+        """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
         self.groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
-        yield
-        self.groups = []
 
     @torch.no_grad()
     def fold(self, names):
@@ -305,26 +401,35 @@ class LanguageModel:
         self.folded = {name: {layer: layer.base_layer.weight + layer.get_delta_weight(name)
                               for layer in self.lora_layers()} for name in dict.fromkeys(names)} if small else {}
 
-    def render(self, messages):
-        """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off."""
+    def render(self, messages, new_tokens=None):
+        """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off.
+
+        With new_tokens the oldest tokens go, and that is counted, where so many new ones would not fit behind them.
+        """
         if messages[0]["role"] == "system" and not self.knows_system:
             rules, first, *rest = messages
             messages = [first | {"content": f"{rules['content']}\n\n{first['content']}"}, *rest]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                                   enable_thinking=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if new_tokens is None or len(ids) + new_tokens <= self.context:
+            return ids
+        self.truncated += 1
+        return ids[new_tokens - self.context:]
 
     def decode(self, tokens):
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @torch.inference_mode()
-    def generate(self, names, prompts, max_new_tokens, generator, temperature=1.0, top_p=1.0):
+    def generate(self, names, prompts, luck, temperature=1.0, top_p=1.0):
         """Sample one answer per row: (tokens, logps), two lists of B lists of equal lengths.
 
-        prompts: B lists of token ids. An answer that stopped by itself ends with the end token, one that was cut does
-        not. logps are of the softmax at `temperature`, before top_p cuts its tail. generator: on the CPU.
+        prompts: B lists of token ids; luck: (B, longest answer) random numbers in [0, 1), one for each token that may
+        be sampled, so that a row's answer does not depend on its company. An answer that stopped by itself ends with
+        the end token, one that was cut does not. logps are of the softmax at `temperature`, before top_p cuts its tail.
         """
         B, P, device = len(prompts), max(map(len, prompts)), self.device
+        max_new_tokens, luck = luck.shape[1], luck.to(device)
         rows = list(zip(names, map(tuple, prompts)))
         once = {key: k for k, key in enumerate(dict.fromkeys(rows))}  # a prompt that a group shares is read once
         copies = torch.tensor([once[key] for key in rows], device=device) if len(once) <= B / 2 else None
@@ -341,9 +446,9 @@ class LanguageModel:
         self.fold(names)
         for t in range(max_new_tokens):
             attend = mask[:, None, None, :P + t] if t and self.kernel_mask else mask[:, :P + t]
-            with self.rows(names if t else first):
-                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
-                                        past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
+            self.rows(names if t else first)
+            logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
+                                    past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
             if copies is not None:
                 logits, mask, position = logits[copies], mask[copies], position[copies]
                 copies = cache.batch_select_indices(copies)  # None: done
@@ -354,8 +459,7 @@ class LanguageModel:
                 ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
                 kept = torch.zeros_like(kept).scatter_(1, order, ordered)
             edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number a row, not V
-            u = torch.rand(B, generator=generator).to(device)[row, None] * edges[:, -1:]
-            token = torch.searchsorted(edges, u, right=True).clamp(max=logp.shape[1] - 1)  # (rows, 1)
+            token = torch.searchsorted(edges, luck[row, t, None] * edges[:, -1:], right=True).clamp(max=logp.shape[1] - 1)  # (rows, 1)
             tokens[row[alive], t] = token[alive, 0]
             logps[row[alive], t] = logp.gather(1, token)[alive, 0]
             alive &= token[:, 0] != self.end
@@ -376,8 +480,13 @@ class LanguageModel:
         """Hidden states (B, T, C) of B token-id lists, padded on the right, where causal attention needs no mask."""
         T = max(map(len, sequences))
         ids = torch.tensor([s + [self.pad] * (T - len(s)) for s in sequences], device=self.device)  # (B, T)
-        with self.rows(names):
-            return self.causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        self.rows(names)
+        for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
+            module.training = torch.is_grad_enabled()
+        states = self.causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        for module in self.checkpointed:
+            module.training = False
+        return states
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):
         """log pi of every sampled token and the entropy there, both (N,): the answers' tokens one after another.
@@ -407,26 +516,61 @@ class LanguageModel:
                 p.data.copy_(state[key])
 
     def save_adapter(self, name, out_dir):
-        """Write out_dir/name/ as PEFT does; each file appears whole or not at all."""
+        """Write out_dir/name/ as PEFT does, and which base it is for; each file appears whole or not at all."""
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".saving-") as build:
             self.peft.save_pretrained(build, selected_adapters=[name])
+            write_text(os.path.join(build, name, "base.json"),
+                       json.dumps({"model": self.folder, "fingerprint": self.fingerprint}))
             os.makedirs(os.path.join(out_dir, name), exist_ok=True)
             for file in os.listdir(os.path.join(build, name)):
                 os.replace(os.path.join(build, name, file), os.path.join(out_dir, name, file))
 
 
+def generate(lms, agents, prompts, luck, temperature=1.0, top_p=1.0):
+    """LanguageModel.generate for rows of agents whose bases may differ, one batch per base: (tokens, logps, texts).
+
+    lms: per agent; agents: whose each row is. Rows of one agent must stand together.
+    """
+    tokens, logps, texts = [], [], []
+    for lm, group in itertools.groupby(range(len(agents)), lambda row: lms[agents[row]]):
+        rows = list(group)
+        sampled = lm.generate([f"agent_{agents[row]}" for row in rows], [prompts[row] for row in rows], luck[rows],
+                              temperature, top_p)
+        tokens, logps, texts = tokens + sampled[0], logps + sampled[1], texts + lm.decode(sampled[0])
+    return tokens, logps, texts
+
+
 # --- decentralised execution ------------------------------------------------------------------------------------------
 
 
-def agent_process(connection, folder, out_dir, agent, seed, limit, temperature, top_p):
+def agent_process(connection, folder, agent, device, seed, limit, temperature, top_p):
     """One agent, alone: it loads the base and its own adapter, and sees only the histories that it is sent."""
     torch.set_num_threads(1)
-    lm = LanguageModel(folder)
-    lm.add_adapter(f"agent_{agent}", os.path.join(out_dir, f"agent_{agent}"))
+    try:
+        lm = LanguageModel(folder[0], device)
+        lm.add_adapter("agent", folder[1])
+    except ValueError as error:
+        return connection.send(error)
+    connection.send("ready")
     generator = torch.Generator().manual_seed(seed * 1000 + agent)
     while (messages := connection.recv()) is not None:
-        tokens, _ = lm.generate([f"agent_{agent}"], [lm.render(messages)], limit, generator, temperature, top_p)
+        tokens, _ = lm.generate(["agent"], [lm.render(messages, limit)], torch.rand(1, limit, generator=generator),
+                                temperature, top_p)
         connection.send(lm.decode(tokens)[0])
+
+
+def merge(folder, adapter, target):
+    """Write the base in folder with an adapter merged into it as an ordinary model folder, whole or not at all."""
+    lm = LanguageModel(folder)
+    lm.check_base(adapter)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=os.path.dirname(target) or ".") as build:
+        model = PeftModel.from_pretrained(lm.causal_lm, adapter).merge_and_unload()
+        model.to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
+        model.save_pretrained(os.path.join(build, "model"))
+        AutoTokenizer.from_pretrained(folder).save_pretrained(os.path.join(build, "model"))
+        os.rename(os.path.join(build, "model"), target)
+    print(f"{target} is {folder} with {adapter} merged into it")
 
 
 def main():
@@ -434,6 +578,8 @@ def main():
     parser.add_argument("out_dir", help="folder of a run, such as out/cc-strbuild")
     parser.add_argument("--string", help="strbuild: what to build (default: the first held-out item)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the agents' sampling")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--merge", metavar="FOLDER", help="play nothing; write plain models FOLDER/agent_0, ...")
     args = parser.parse_args()
     try:
         with open(os.path.join(args.out_dir, "config.json")) as file:
@@ -442,7 +588,14 @@ def main():
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
-        folder = model_folder(config["model"], task)
+        parts = [(folder, os.path.join(args.out_dir, f"agent_{agent}"))
+                 for agent, folder in enumerate(model_folders(config["model"], task))]
+        if args.merge is not None:
+            if os.path.exists(args.merge):
+                raise ValueError(f"{args.merge} is there already; choose another folder.")
+            for folder, adapter in parts:
+                merge(folder, adapter, os.path.join(args.merge, os.path.basename(adapter)))
+            return
     except OSError:
         parser.exit(2, f"error: {args.out_dir} is not the folder of a run: it has no config.json.\n")
     except ValueError as error:
@@ -452,21 +605,28 @@ def main():
     for agent in range(task.num_agents):
         ours, theirs = context.Pipe()
         context.Process(target=agent_process, daemon=True, args=(
-            theirs, folder, args.out_dir, agent, args.seed, config["max_new_tokens"], config["temperature"],
+            theirs, parts[agent], agent, args.device, args.seed, config["max_new_tokens"], config["temperature"],
             config["top_p"])).start()
         theirs.close()  # so that an agent that dies is noticed
         pipes.append(ours)
+
+    def heard(agent):
+        try:
+            said = pipes[agent].recv()
+        except EOFError:
+            parser.exit(1, f"error: agent_{agent} stopped; what it said stands above.\n")
+        if isinstance(said, ValueError):
+            parser.exit(2, f"error: {said}\n")
+        return said
+
+    for agent in range(task.num_agents):
+        heard(agent)  # it is ready
     episode = Episode(item)
     for t in range(task.num_turns):
         for agent, pipe in enumerate(pipes):
-            with contextlib.suppress(BrokenPipeError):  # it died; recv says so
+            with contextlib.suppress(BrokenPipeError):  # it died; heard says so
                 pipe.send(history(task, episode, agent))  # its own observations, nothing else
-        responses = []
-        for agent, pipe in enumerate(pipes):
-            try:
-                responses.append(pipe.recv())
-            except EOFError:
-                parser.exit(1, f"error: agent_{agent} stopped; what it said stands above.\n")
+        responses = [heard(agent) for agent in range(task.num_agents)]
         episode.turns.append(Turn(None, None, None, responses, task.judge(item, responses, t, episode.world)))
         if episode.turns[-1].outcome.done:
             break

@@ -120,8 +120,8 @@ def mean(numbers):
     return sum(numbers) / max(1, len(numbers))
 
 
-def summary(episodes, prefix, gamma, end):
-    """Means over episodes under the names of the log; return is discounted from the first turn, end the end token.
+def summary(episodes, prefix, gamma, ends):
+    """Means over episodes under the names of the log; return is discounted from the first turn; ends: agents' end tokens.
 
     Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
     """
@@ -132,7 +132,7 @@ def summary(episodes, prefix, gamma, end):
         "return": mean(sum(gamma ** t * turn.outcome.reward for t, turn in enumerate(e.turns)) for e in episodes),
         "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
         "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
-        "truncated": mean(tokens[-1] != end for tokens in answers)}
+        "truncated": mean(tokens[-1] != end for turn in turns for tokens, end in zip(turn.tokens, ends))}
     if prefix == "eval":  # the task's parts, of the last turn
         numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
                     if not isinstance(number, list) and name not in numbers}
@@ -229,7 +229,7 @@ def write_text(path, text):
 
 # may differ between a run and its continuation; another number of steps is another schedule of the learning rate
 FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device",
-        "threads", "micro_batch"}
+        "threads", "micro_batch", "attn", "gradient_checkpointing"}
 
 
 def cut_log(path, step):

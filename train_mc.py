@@ -17,6 +17,7 @@ at temperature 1; G whole episodes per item instead of a tree that branches at e
 
     python train_mc.py --task strbuild                 # CPU, nothing to download
     python train_mc.py --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5   # GPU, not run yet
+    torchrun --nproc_per_node=2 train_mc.py --threads 1   # two processes or GPUs, twice the episodes per step
     python model.py out/mc-strbuild                    # the trained team at work
 """
 import argparse
@@ -32,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from critic import baselines, explained, td_targets
-from model import LanguageModel, check_model, memory_gb, model_folder
+from model import check_model, gather, generate, join_ranks, load_models, memory_gb, sum_gradients
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
 
@@ -42,9 +43,10 @@ ALGORITHM = "mc"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 group = parser.add_argument_group("model")
-group.add_argument("--model", default="tiny", help="tiny (built on first use), or a folder or id of a causal LM")
+group.add_argument("--model", default="tiny", help="tiny (built on first use), a folder or id of a causal LM, or A,B")
 group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA adapter (default 16)")
 group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+group.add_argument("--attn", default=None, help="attention: sdpa, eager or flash_attention_2 (default: the model's own)")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
 group = parser.add_argument_group("task")
 group.add_argument("--task", default="strbuild", help="what the team does (default strbuild)")
@@ -55,7 +57,7 @@ group.add_argument("--reward", default="dense", help="dense: every turn pays (de
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
 group = parser.add_argument_group("rollout")
-group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step (default: the task's)")
+group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step and rank (default: the task's)")
 group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
@@ -68,6 +70,7 @@ group.add_argument("--lr", type=float, default=None, help="AdamW learning rate o
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
 group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
+group.add_argument("--gradient_checkpointing", action="store_true", help="much less memory, a third more arithmetic")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
 group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
 group = parser.add_argument_group("logging")
@@ -91,8 +94,10 @@ try:  # everything a person can get wrong is found before anything is built or l
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
-    check_model(args.model)
+    check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
+    args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
+    check_run_folder(args)
     if args.baseline not in ("group", "loo", "none"):
         raise ValueError(f"There is no baseline {args.baseline!r}; choose from group, loo, none.")
     if args.batch_size % args.group_size:
@@ -107,6 +112,7 @@ except ValueError as error:
     fail(error)
 except ImportError:
     fail("--wandb needs the package: pip install wandb")
+rank, ranks, args.device = join_ranks(args.device)
 print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
@@ -115,52 +121,65 @@ start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
 if args.threads:
     torch.set_num_threads(args.threads)
-folder = model_folder(args.model, task)  # builds the tiny base if there is none
+try:
+    lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
+                      args.gradient_checkpointing)  # agent i's base is lms[i]; builds the tiny one if there is none
+except ValueError as error:
+    fail(error)
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
-if not args.eval_only:
+if not args.eval_only and rank == 0:
     open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
-if args.wandb:
+if args.wandb and rank == 0:
     wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
 
 # --- actors -----------------------------------------------------------------------------------------------------------
 
 agents = range(args.num_agents)
-lm = LanguageModel(folder, args.device, args.lora_rank)
-actor_parameters = [p for i in agents for p in lm.add_adapter(f"agent_{i}")]
+actor_parameters = [p for i in agents for p in lms[i].add_adapter(f"agent_{i}")]
 
 # --- optimizers and resume --------------------------------------------------------------------------------------------
 
 actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
 stateful = {"actor_optimizer": actor_optimizer}
-progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "critic/truncated": 0}
+progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "prompt/truncated": 0,
+            "critic/truncated": 0}
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 saved = None
 if (args.resume or args.eval_only) and os.path.exists(state_path):
     saved = torch.load(state_path, map_location=args.device, weights_only=False)
-    lm.load_adapter_state(saved["adapters"])
-    progress = saved["progress"]
+    try:
+        for i in agents:
+            lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
+            lms[i].load_adapter_state(saved["adapters"])
+    except ValueError as error:
+        fail(error)
+    progress |= saved["progress"]
     print(f"{args.out_dir} was saved at step {progress['step']}")
 if saved and args.resume:
     for name, part in stateful.items():
         part.load_state_dict(saved[name])
     rng.setstate(saved["rng"])
     generator.set_state(saved["generator"].cpu())
-if args.resume:
+if args.resume and rank == 0:
     cut_log(log_path, progress["step"] if saved else -1)
 
 
 def save():
     """The adapter folders are what agents need to work; train_state.pt, written last, is all that --resume needs."""
+    if rank > 0:
+        return
     for i in agents:
-        lm.save_adapter(f"agent_{i}", args.out_dir)
+        lms[i].save_adapter(f"agent_{i}", args.out_dir)
     write_atomic(state_path, lambda path: torch.save({name: part.state_dict() for name, part in stateful.items()} | {
-        "adapters": lm.adapter_state(), "rng": rng.getstate(), "generator": generator.get_state(),
-        "progress": progress}, path))
+        "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
+        "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}, path))
 
 
 def log(line):
+    if rank > 0:
+        return
     with open(log_path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     if args.wandb:
@@ -170,30 +189,32 @@ def log(line):
 
 
 def rollout(items, generator):
-    """Play one episode per item; all agents of all episodes that still run answer a turn in one batch."""
-    episodes = [Episode(item) for item in items]
+    """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
+    mine = slice(len(items) * rank // ranks, len(items) * (rank + 1) // ranks)
+    episodes = [Episode(item) for item in items[mine]]
     for t in range(args.num_turns):
-        running = [e for e in episodes if not (e.turns and e.turns[-1].outcome.done)]
+        luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
+        running = [k for k, e in enumerate(episodes) if not (e.turns and e.turns[-1].outcome.done)]
         if not running:
-            break
-        histories = [[history(task, e, i) for i in agents] for e in running]
-        rows = [(k, i) for i in agents for k in range(len(running))]  # agent by agent, as lm wants them
-        prompts = [lm.render(histories[k][i]) for k, i in rows]
-        tokens, logps = lm.generate([f"agent_{i}" for _, i in rows], prompts, args.max_new_tokens, generator,
-                                    args.temperature, args.top_p)
-        texts = lm.decode(tokens)
-        answers = [texts[k::len(running)] for k in range(len(running))]  # per episode, one of each agent
-        outcomes = task.judge_all([e.item for e in running], answers, t, [e.world for e in running])
-        for k, e in enumerate(running):
-            mine = slice(k, None, len(running))  # this episode's rows, one per agent
-            e.turns.append(Turn(prompts[mine], tokens[mine], logps[mine], answers[k], outcomes[k]))
-    return episodes
+            continue  # generators of all ranks keep in step
+        histories = {k: [history(task, episodes[k], i) for i in agents] for k in running}
+        rows = [(k, i) for i in agents for k in running]  # agent by agent
+        prompts = [lms[i].render(histories[k][i], args.max_new_tokens) for k, i in rows]
+        tokens, logps, texts = generate(lms, [i for _, i in rows], prompts, torch.stack([luck[k, i] for k, i in rows]),
+                                        args.temperature, args.top_p)
+        answers = [texts[n::len(running)] for n in range(len(running))]  # per episode, one of each agent
+        outcomes = task.judge_all([episodes[k].item for k in running], answers, t, [episodes[k].world for k in running])
+        for n, k in enumerate(running):
+            own = slice(n, None, len(running))  # this episode's rows, one per agent
+            episodes[k].turns.append(Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n]))
+    return gather(episodes)
 
 
 def micro_batches(rows, length):
-    """Cut rows into micro-batches of like length, so that little of each is padding."""
+    """This rank's share of rows, cut into micro-batches of like length, so that little of each is padding."""
     rows = sorted(rows, key=length)
-    return [rows[i:i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
+    size = min(args.micro_batch, -(-len(rows) // ranks))
+    return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::ranks]
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
@@ -227,14 +248,14 @@ def minibatches(rows):
 
 def update_actors(episodes):
     """Step 4. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
-    total, entropies, norms = 0.0, [], []
+    total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
             for i, batch in [(i, batch) for i in agents for batch in micro_batches(
                     [turn for j, turn in rows if j == i], lambda turn: len(turn.prompts[i]) + len(turn.tokens[i]))]:
                 tokens = [turn.tokens[i] for turn in batch]
-                logp, entropy = lm.logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch], tokens,
-                                            args.temperature)  # (N,), N tokens in all
+                logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
+                                                tokens, args.temperature)  # (N,), N tokens in all
                 old_logp = torch.tensor([x for turn in batch for x in turn.logps[i]], device=args.device)
                 advantage = torch.tensor([turn.advantages[i] for turn, a in zip(batch, tokens) for _ in a],
                                          device=args.device)
@@ -243,13 +264,16 @@ def update_actors(episodes):
                 loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
                 loss.backward()
                 total += loss.item()
-                entropies += entropy.tolist()
+                entropies.append((entropy.sum().item(), len(entropy)))
+            sum_gradients(actor_parameters)
             norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, 1.0).item())
             actor_optimizer.step()
             actor_optimizer.zero_grad()
     if not all(norm < float("inf") for norm in norms):
         fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
-    return {"loss/policy": total / len(norms), "policy/entropy": mean(entropies), "policy/grad_norm": mean(norms)}
+    entropy, tokens = map(sum, zip(*gather(entropies)))
+    return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / tokens,
+            "policy/grad_norm": mean(norms)}
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
@@ -258,8 +282,8 @@ def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
     episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
-    line = progress | summary(episodes, "eval", args.gamma, lm.end)
-    if not args.eval_only:
+    line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
+    if not args.eval_only and rank == 0:
         log(line)
         with open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
             for e in episodes[:4]:
@@ -275,15 +299,18 @@ if args.eval_only:
     evaluate(show=2)
     sys.exit()
 interrupted = []
-signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
+    signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
 if progress["step"] == 0:
     evaluate(show=0)  # the untrained team
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
-           dynamic_ncols=True)
+           dynamic_ncols=True, disable=rank > 0)
 for step in bar:
     t0 = time.time()
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-    items = [rng.choice(task.train_items) for _ in range(args.batch_size // args.group_size)]
+    for counter in lms:
+        counter.truncated = 0  # evaluations count none
+    items = [rng.choice(task.train_items) for _ in range(args.batch_size * ranks // args.group_size)]
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
     stats = set_advantages(episodes) | update_actors(episodes)
@@ -291,9 +318,10 @@ for step in bar:
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1
     for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
-                       ("tokens", new_tokens), ("wall_s", t2 - t0)]:
+                       ("tokens", new_tokens), ("wall_s", t2 - t0),
+                       ("prompt/truncated", sum(gather([lm.truncated for lm in set(lms)])))]:
         progress[name] += more
-    line = progress | summary(episodes, "train", args.gamma, lm.end) | stats | {
+    line = progress | summary(episodes, "train", args.gamma, [lm.end for lm in lms]) | stats | {
         "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
     log(line)
     bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
@@ -301,9 +329,10 @@ for step in bar:
     tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.split('/')[-1]} {line[key]:.4g}" for key in (
         "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
         "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
-    if interrupted or (step + 1) % args.save_every == 0:
+    stop = gather(interrupted)
+    if stop or (step + 1) % args.save_every == 0:
         save()
-    if interrupted:
+    if stop:
         print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
         sys.exit(130)
     if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:

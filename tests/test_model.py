@@ -63,6 +63,11 @@ def team(folder, names=("agent_0", "agent_1", "critic")):
     return lm
 
 
+def luck(B, T, seed=0):
+    """The random numbers of B rows that may sample T tokens each."""
+    return torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
+
+
 def prompts_of(lm, count):
     """Histories of very different lengths, so that rows are padded a lot."""
     task, rng = get_task("strbuild"), random.Random(4)
@@ -112,7 +117,7 @@ def test_every_chat_format_is_spoken_and_its_end_is_known(name, tokenizers, tmp_
                                                                 "<start_of_turn>", "<end_of_turn>"]})
     tokenizer.chat_template = template
     folder = make_folder(CONFIGS["llama"], tmp_path, tokenizer)
-    model.check_model(folder)
+    model.check_model(folder, 2)
     lm = team(folder, ["agent_0"])
     talk = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Do."}]
     assert lm.tokenizer.decode(lm.render(talk)) == expected
@@ -120,7 +125,7 @@ def test_every_chat_format_is_spoken_and_its_end_is_known(name, tokenizers, tmp_
     more = talk + [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Again."}]
     assert lm.tokenizer.decode(lm.render(more)).startswith(expected[:20]) and "Again." in lm.tokenizer.decode(lm.render(more))
     likely_to_end(lm)
-    tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, 16, torch.Generator().manual_seed(0))
+    tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, luck(8, 16))
     assert {answer[-1] for answer in tokens if len(answer) < 16} == {lm.end}
 
 
@@ -129,7 +134,7 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizers, tmp_path):
     tokenizer.chat_template, tokenizer.eos_token = None, None
     folder = make_folder(CONFIGS["llama"], tmp_path, tokenizer)
     with pytest.raises(ValueError, match="end token") as error:
-        model.check_model(folder)
+        model.check_model(folder, 2)
     assert "\n" not in str(error.value)
 
 
@@ -207,7 +212,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
     lm = team(folder)
     likely_to_end(lm)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 6, prompts_of(lm, 12)
-    tokens, logps = lm.generate(names, prompts, 24, torch.Generator().manual_seed(0), temperature)
+    tokens, logps = lm.generate(names, prompts, luck(12, 24), temperature)
     lengths = [len(answer) for answer in tokens]
     assert len(set(lengths)) > 3 and min(lengths) < 12, "the test needs answers of different lengths"
     assert [len(logp) for logp in logps] == lengths and max(lengths) <= 24
@@ -224,7 +229,7 @@ def test_models_with_peculiar_masks_and_logits(name, tokenizers, tmp_path):
     """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
     lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0"])
     prompts = prompts_of(lm, 6)
-    tokens, logps = lm.generate(["agent_0"] * 6, prompts, 24, torch.Generator().manual_seed(0))
+    tokens, logps = lm.generate(["agent_0"] * 6, prompts, luck(6, 24))
     again, _ = lm.logprobs(["agent_0"] * 6, prompts, tokens)
     lm.save_adapter("agent_0", str(tmp_path))
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_0")
@@ -235,7 +240,7 @@ def test_models_with_peculiar_masks_and_logits(name, tokenizers, tmp_path):
 
 def test_an_answer_that_is_cut_has_no_end_token(folder):
     lm = team(folder)
-    tokens, logps = lm.generate(["agent_0"] * 4, prompts_of(lm, 4), 1, torch.Generator().manual_seed(1))
+    tokens, logps = lm.generate(["agent_0"] * 4, prompts_of(lm, 4), luck(4, 1))
     assert all(len(answer) == len(logp) == 1 for answer, logp in zip(tokens, logps))
 
 
@@ -317,15 +322,15 @@ def test_sampling_follows_the_probabilities(workplace):
     generator = torch.Generator().manual_seed(0)
     for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5)]:
         with torch.no_grad():
-            with lm.rows(["agent_0"]):
-                logits = lm.causal_lm(input_ids=torch.tensor([prompt])).logits[0, -1]
+            lm.rows(["agent_0"])
+            logits = lm.causal_lm(input_ids=torch.tensor([prompt])).logits[0, -1]
         p = (logits / temperature).softmax(-1)
         if top_p < 1:  # the fewest most likely tokens that reach top_p
             order = p.argsort(descending=True)
             n = int((p[order].cumsum(0) < top_p).sum()) + 1
             allowed = torch.zeros_like(p).index_fill_(0, order[:n], 1)
             p = p * allowed / (p * allowed).sum()
-        tokens, _ = lm.generate(["agent_0"] * N, [prompt] * N, 1, generator, temperature, top_p)
+        tokens, _ = lm.generate(["agent_0"] * N, [prompt] * N, torch.rand(N, 1, generator=generator), temperature, top_p)
         counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=len(p)) / N
         assert not counts[p == 0].any()
         assert (counts - p).abs().max() < 5 * (0.25 / N) ** 0.5  # five standard deviations of the worst case
@@ -336,11 +341,11 @@ def test_a_row_samples_the_same_alone_and_in_company(folder):
     lm = team(folder)
     likely_to_end(lm)
     prompts = prompts_of(lm, 8)
-    one, _ = lm.generate(["agent_0"] * 8, prompts, 16, torch.Generator().manual_seed(3))
-    two, _ = lm.generate(["agent_0"] * 8, prompts, 16, torch.Generator().manual_seed(3))
+    one, _ = lm.generate(["agent_0"] * 8, prompts, luck(8, 16, 3))
+    two, _ = lm.generate(["agent_0"] * 8, prompts, luck(8, 16, 3))
     assert one == two
     # other company in rows 4..7, of other lengths: rows 0..3 keep their answers
-    three, _ = lm.generate(["agent_0"] * 4 + ["agent_1"] * 4, prompts, 16, torch.Generator().manual_seed(3))
+    three, _ = lm.generate(["agent_0"] * 4 + ["agent_1"] * 4, prompts, luck(8, 16, 3))
     assert three[:4] == one[:4] and three[4:] != one[4:]
 
 
@@ -350,7 +355,7 @@ def test_a_prompt_that_a_group_shares_is_read_once(folder):
     one, two, other = prompts_of(lm, 3)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 4, [one, two, one, one, two, one] + [one, other, other, other]
     hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(len(inputs[0])))
-    tokens, logps = lm.generate(names, prompts, 8, torch.Generator().manual_seed(0))
+    tokens, logps = lm.generate(names, prompts, luck(10, 8))
     hook.remove()
     assert reads[:2] == [4, 10]  # four distinct rows are read, ten go on
     again, _ = lm.logprobs(names, prompts, tokens)
@@ -446,7 +451,7 @@ def test_values_ignore_padding_and_start_at_the_average_return_of_the_turn(folde
     alone = torch.cat([critic([ids], [turn]) for ids, turn in zip(inputs, turns)])
     assert together.shape == (5,) and torch.allclose(together, alone, atol=1e-4)
     together.sum().backward()
-    assert all(p.grad is not None for p in critic.adapter) and critic.head.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in critic.weights) and critic.head.weight.grad.abs().sum() > 0
     state = critic.state_dict()
     assert not any("lora" in key for key in state)  # the adapter is saved as an adapter
     fresh = Critic(LanguageModel(folder, rank=4), "critic", 3, 1000)
@@ -458,13 +463,13 @@ def test_values_ignore_padding_and_start_at_the_average_return_of_the_turn(folde
 # --- what is no model -------------------------------------------------------------------------------------------------
 
 def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
-    model.check_model("tiny")
-    model.check_model(folder)
+    model.check_model("tiny", 2)
+    model.check_model(folder, 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "file").write_text("")
     for name in [str(tmp_path / "empty"), str(tmp_path / "config"), str(tmp_path / "file"), "no/such-model", str(tmp_path / "no")]:
         with pytest.raises(ValueError) as error:
-            model.check_model(name)
+            model.check_model(name, 2)
         assert name in str(error.value) and "\n" not in str(error.value)
