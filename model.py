@@ -300,7 +300,7 @@ class LanguageModel:
     Every method takes `names`, one adapter name per row; rows of one adapter must stand together.
     """
 
-    def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False):
+    def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False, compiled=False):
         self.folder, self.device, self.rank, self.peft = folder, device, rank, None
         self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
         try:
@@ -322,6 +322,8 @@ class LanguageModel:
         self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
         some = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
+        # for updates; sampling, whose shapes change with every token, stays as it is
+        self.backbone = torch.compile(self.causal_lm.base_model, dynamic=True) if compiled else self.causal_lm.base_model
         self.checkpointed = []  # what computes its activations again in the backward pass
         if checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -372,15 +374,19 @@ class LanguageModel:
         PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in
         every layer; here the base's matrix product is shared and each group adds its own small ones.
         """
-        times = len(x) // sum(rows for _, rows in self.groups)  # T where a model flattens (B, T), as OPT does
-        sizes = [rows * times for _, rows in self.groups]
+        def split(x):
+            if len(self.groups) == 1:
+                return [x]
+            times = len(x) // sum(rows for _, rows in self.groups)  # T where a model flattens (B, T), as OPT does
+            return x.split([rows * times for _, rows in self.groups])
+
         if self.folded:
             out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
-                   for (name, _), rows in zip(self.groups, x.split(sizes))]
+                   for (name, _), rows in zip(self.groups, split(x))]
             return torch.cat(out) if len(out) > 1 else out[0]
         y = layer.base_layer(x)
         out = []
-        for (name, _), rows, base in zip(self.groups, x.split(sizes), y.split(sizes)):
+        for (name, _), rows, base in zip(self.groups, split(x), split(y)):
             if name is not None:  # None: the base alone
                 A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
                 low = F.linear(rows.to(A.dtype), A).flatten(0, -2)  # (rows x T, rank)
@@ -483,7 +489,7 @@ class LanguageModel:
         self.rows(names)
         for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
             module.training = torch.is_grad_enabled()
-        states = self.causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         for module in self.checkpointed:
             module.training = False
         return states

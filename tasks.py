@@ -229,7 +229,7 @@ def write_text(path, text):
 
 # may differ between a run and its continuation; another number of steps is another schedule of the learning rate
 FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device",
-        "threads", "micro_batch", "attn", "gradient_checkpointing"}
+        "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
 
 
 def cut_log(path, step):

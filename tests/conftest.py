@@ -7,6 +7,7 @@ seven seconds a run. .ci/run starts them the ordinary way.
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "critic", "model"])
 
 
-def run_script(script, arguments, folder, output):
+def run_script(script, arguments, folder, output, environment):
     """What a forked process does: become `python SCRIPT ARGUMENTS` in folder, writing to output.out and output.err."""
+    os.environ.update(environment)
     for descriptor, suffix in [(1, ".out"), (2, ".err")]:
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(folder)
@@ -43,11 +45,11 @@ class Workplace:
         self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=90, lr=0.01, width=64, layers=2,
                                heads=2)
 
-    def start(self, script, *arguments, folder=None):
+    def start(self, script, *arguments, folder=None, environment={}):
         """Start a script; .process is its process, .out and .err are the files that it writes."""
         self.count += 1
         output = str(self.folder / f"run-{self.count}")
-        process = server.Process(target=run_script, args=(script, arguments, str(folder or self.folder), output))
+        process = server.Process(target=run_script, args=(script, arguments, str(folder or self.folder), output, environment))
         process.start()
         return SimpleNamespace(process=process, out=Path(output + ".out"), err=Path(output + ".err"))
 
@@ -64,3 +66,22 @@ class Workplace:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture
+def inside(workplace, monkeypatch):
+    """inside(script, ...) runs a script in this process and returns what its variables hold at the end."""
+    def inside(script, *arguments):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        workplace.count += 1
+        arguments = [*arguments, "--out_dir", workplace.folder / f"inside-{workplace.count}"]
+        monkeypatch.chdir(workplace.folder)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            run = runpy.run_path(str(ROOT / script), run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        run["args"].out_dir = Path(run["args"].out_dir)
+        return run
+    return inside

@@ -198,18 +198,9 @@ def test_all_scripts_write_the_same_log_keys_and_stay_apart(train, four_steps):
 
 
 @pytest.fixture
-def inside(workplace, data, monkeypatch):
-    """inside(script, ...) runs a script in this process and returns what its variables hold at the end."""
-    def inside(script, *arguments):
-        handler = signal.getsignal(signal.SIGINT)
-        monkeypatch.chdir(workplace.folder)
-        out_dir = f"inside-{script}{''.join(map(str, arguments))}"
-        monkeypatch.setattr(sys, "argv", [script, *map(str, [*SMALL, "--data", data, "--out_dir", out_dir, *arguments])])
-        try:
-            return runpy.run_path(str(ROOT / script), run_name="__main__")
-        finally:
-            signal.signal(signal.SIGINT, handler)
-    return inside
+def inside(inside, data):
+    """The small run of this file, in this process; see conftest.py."""
+    return lambda script, *arguments: inside(script, *SMALL, "--data", data, *arguments)
 
 
 def advantages_of(episodes):

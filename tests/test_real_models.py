@@ -1,0 +1,303 @@
+"""
+Real LLMs: the architectures and chat formats that people bring, small and with random weights, through whole runs.
+
+Also what only they need: different bases in one team, a context that ends, checkpointed activations, several ranks,
+adapters merged into plain models.
+"""
+import copy
+import json
+import os
+import random
+import shutil
+import socket
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import model
+from critic import Critic
+from model import LanguageModel, load_models, tiny_tokenizer
+from tasks import Episode, Turn, get_task, history
+
+ALTERNATE = ("{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}")
+CHATML = (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLMS = {  # name: (config, bos token, chat template in the manner of that family, eos token)
+    "Qwen3": (CONFIGS["qwen3"], None, CHATML.replace("assistant\n{% endif %}", "assistant\n{% if enable_thinking is false %}"
+                                                     "<think>\n\n</think>\n\n{% endif %}{% endif %}"), "<|im_end|>"),
+    "Qwen2.5": (lambda **ids: Qwen2Config(**SHAPE, num_key_value_heads=2, **ids), None,
+                "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + CHATML,
+                "<|im_end|>"),
+    "Llama-3": (CONFIGS["llama"], "<s>", "{{ bos_token }}" + LOOP + "<|head|>{{ m.role }}<|end_head|>\n\n{{ m.content | trim }}"
+                "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|end_head|>\n\n{% endif %}", "<|eot_id|>"),
+    "gemma-3": (PECULIAR["gemma3"], "<s>", "{{ bos_token }}{% set rules = '' %}{% if messages[0].role == 'system' %}"
+                "{% set rules = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}{% endif %}" + LOOP + ALTERNATE +
+                "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ rules if loop.first else '' }}"
+                "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+                "<eos>"),
+    "Mistral": (PECULIAR["mistral"], "<s>", "{{ bos_token }}" + LOOP + ALTERNATE + "{% if m.role == 'user' %}[INST] {{ m.content }}"
+                " [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", "</s>"),
+    "SmolLM": (lambda **ids: LlamaConfig(**SHAPE, tie_word_embeddings=True, **ids), None, CHATML, "<|im_end|>"),
+    "gpt2": (CONFIGS["gpt2"], None, None, "<|endoftext|>")}
+SMALL = ["--task", "tldr", "--device", "cpu", "--batch_size", 6, "--minibatches", 1, "--max_new_tokens", 24, "--lora_rank", 4,
+         "--lr", 0.01]
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory):
+    """llm("Qwen3") is a model folder of that family, made once."""
+    tokenizer, folders = tiny_tokenizer(get_task("tldr"), random.Random(0))[1], {}
+
+    def llm(name):
+        if name not in folders:
+            config, bos, template, eos = LLMS[name]
+            own = copy.deepcopy(tokenizer)
+            own.add_special_tokens({"additional_special_tokens": [
+                "<|im_start|>", "<|im_end|>", "<|head|>", "<|end_head|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]})
+            own.add_special_tokens({"eos_token": eos} | ({"bos_token": bos} if bos else {}))
+            own.chat_template = template
+            if name == "gpt2":
+                own.pad_token = None  # as there
+            folders[name] = make_folder(config, tmp_path_factory.mktemp(name) / name, own)
+        return folders[name]
+    return llm
+
+
+@pytest.fixture
+def train(workplace):
+    def train(name, script, *arguments, code=0):
+        run = workplace.run(script, *SMALL, "--out_dir", name, *arguments)
+        assert run.code == code, run.err[-2000:]
+        return workplace.folder / name
+    return train
+
+
+def train_lines(folder):
+    """Training lines of the log without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(("wall_s", "time/", "memory"))}
+            for line in lines if "train/reward" in line]
+
+
+def all_agents(folder):
+    return {f"{file.parent.name}/{key}": value for file in sorted(folder.glob("agent_*/adapter_model.safetensors"))
+            for key, value in load_file(file).items()}
+
+
+# --- every family, from a folder to a deployed agent --------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", LLMS)
+def test_two_steps_change_adapters_and_nothing_else(name, llm, inside):
+    """Then plain transformers and PEFT give the saved agent's log-probabilities, and so does the merged model."""
+    script = {"Qwen2.5": "train_dc.py", "SmolLM": "train_mc.py"}.get(name, "train_cc.py")
+    run = inside(script, *SMALL, "--model", llm(name), "--steps", 2, *(["--group_size", 3] if script == "train_mc.py" else []))
+    base, folder = AutoModelForCausalLM.from_pretrained(llm(name)), run["args"].out_dir
+    lm = run["lms"][0]
+    assert run["lms"][1] is lm and len({line["train/reward"] for line in train_lines(folder)}) > 1
+    ours = {key.replace("base_layer.", "").replace("base_model.model.", ""): p for key, p in lm.causal_lm.named_parameters()
+            if "lora_" not in key}
+    assert ours.keys() == dict(base.named_parameters()).keys()
+    assert all(torch.equal(p, ours[key]) and not ours[key].requires_grad for key, p in base.named_parameters())
+    moved = [key for key, p in lm.causal_lm.named_parameters() if "lora_B" in key and p.abs().max() > 0]
+    assert {key.split(".")[-2] for key in moved} >= {"agent_0", "agent_1"}, "nothing was learned"
+    assert all(p.dtype == torch.float32 for key, p in lm.causal_lm.named_parameters() if "lora_" in key)
+    turn = run["episodes"][0].turns[0]
+    with torch.no_grad():
+        now, _ = lm.logprobs(["agent_1"], [turn.prompts[1]], [turn.tokens[1]])
+    plain = PeftModel.from_pretrained(base, folder / "agent_1")
+    assert torch.allclose(plain_logprobs(plain, turn.prompts[1], turn.tokens[1]), now, atol=1e-4)
+    model.merge(llm(name), str(folder / "agent_1"), str(folder / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert torch.allclose(plain_logprobs(merged, turn.prompts[1], turn.tokens[1]), now, atol=1e-3)
+    assert merged.config.eos_token_id == base.config.eos_token_id and (folder / "merged" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_the_rules_and_the_last_answer_are_in_what_it_reads(name, llm):
+    lm, task = LanguageModel(llm(name)), get_task("strbuild")
+    episode = Episode({"string": "IC"})
+    first = lm.tokenizer.decode(lm.render(history(task, episode, 1)))
+    episode.turns.append(Turn(None, None, None, ["one", "two"], task.judge(episode.item, ["one", "two"], 0)))
+    text = lm.tokenizer.decode(lm.render(history(task, episode, 1)))
+    for part in ("You are builder 2 of 2", "Build 1:I 2:C with white_concrete obsidian.", "two", "Turn 2 of 4."):
+        assert text.count(part) == 1, text
+    assert "one" not in text.replace("one of", "") .split("Build")[1] and first.count("Build 1:I") == 1
+    assert lm.end == lm.tokenizer.convert_tokens_to_ids({"gemma-3": "<end_of_turn>"}.get(name, LLMS[name][3]))
+    assert lm.tokenizer.decode(lm.render([{"role": "user", "content": "Do."}])).count("<s>") == (LLMS[name][1] is not None)
+
+
+# --- a team of different models ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
+def test_agents_with_different_bases(script, llm, inside, workplace):
+    names = f"{llm('Qwen3')},{llm('gpt2')}"
+    run = inside(script, *SMALL, "--model", names, "--steps", 2, *(["--group_size", 3] if script == "train_mc.py" else []))
+    folder, lms = run["args"].out_dir, run["lms"]
+    assert [lm.folder for lm in lms] == names.split(",") and lms[0] is not lms[1]
+    for agent, lm in enumerate(lms):
+        assert json.loads((folder / f"agent_{agent}" / "adapter_config.json").read_text())["base_model_name_or_path"] == lm.folder
+        for turn in run["episodes"][0].turns:  # each with its own tokens
+            assert lm.decode([turn.tokens[agent]]) == [turn.responses[agent]]
+            again, _ = lm.logprobs([f"agent_{agent}"], [turn.prompts[agent]], [turn.tokens[agent]])
+            assert len(again) == len(turn.logps[agent])
+    if script == "train_cc.py":  # the rest does not depend on the algorithm
+        text = lms[0].tokenizer.decode(run["episodes"][0].turns[0].critic_inputs[0])
+        assert "concise" in text and "detailed" in text  # what both were told, in the first model's tokens
+        before = all_agents(folder)
+        resumed = workplace.run(script, *SMALL, "--model", names, "--steps", 2, "--out_dir", folder, "--resume")
+        assert resumed.code == 0, resumed.err[-2000:]
+        assert all(torch.equal(before[key], value) for key, value in all_agents(folder).items())
+        play = workplace.run("model.py", folder, "--device", "cpu")
+        assert play.code == 0 and "agent 1 answers" in play.out, play.err[-2000:]
+        merged = workplace.run("model.py", folder, "--merge", folder / "plain")
+        assert merged.code == 0 and {"agent_0", "agent_1"} == set(os.listdir(folder / "plain")), merged.err[-2000:]
+        again = workplace.run("model.py", folder, "--merge", folder / "plain")
+        assert again.code == 2 and "is there already" in again.err and again.err.count("\n") == 1
+
+
+# --- memory: checkpointed activations change nothing but memory ----------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2"])
+def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, llm):
+    grads, runs = [], []
+    for checkpointing in (False, True):
+        lm = LanguageModel(llm(name), rank=4, checkpointing=checkpointing)
+        torch.manual_seed(0)
+        for agent in ("agent_0", "agent_1"):
+            lm.add_adapter(agent)
+        for p in lm.causal_lm.parameters():
+            if p.requires_grad:
+                p.data = torch.randn_like(p) * 0.2
+        prompts = prompts_of(lm, 4)
+        tokens, _ = lm.generate(["agent_0"] * 4, prompts, luck(4, 12))  # sampling in between keeps its cache
+        attention = [m for key, m in lm.causal_lm.named_modules() if key.endswith(("self_attn", ".attn"))]
+        count = []
+        for module in attention:
+            module.register_forward_pre_hook(lambda *_: count.append(1))
+        logp, _ = lm.logprobs(["agent_0"] * 2 + ["agent_1"] * 2, prompts, tokens)
+        logp.sum().backward()
+        runs.append(len(count))
+        grads.append({key: p.grad for key, p in lm.causal_lm.named_parameters() if p.grad is not None})
+    assert runs == [2, 4]  # two layers
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 8
+    assert all(torch.allclose(grads[0][key], grads[1][key], atol=1e-5, rtol=1e-4) for key in grads[0])
+
+
+def test_flags_of_memory_and_attention_give_the_same_run(train, llm):
+    arguments = ["--model", llm("Qwen3"), "--steps", 2]
+    plain = train("plain", "train_cc.py", *arguments)
+    for more in (["--gradient_checkpointing"], ["--micro_batch", 1], ["--attn", "eager"]):
+        other = train("with" + "".join(map(str, more)), "train_cc.py", *arguments, *more)
+        one, two = all_agents(plain), all_agents(other)
+        assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one) and len(one) > 8
+        for before, after in zip(train_lines(plain), train_lines(other), strict=True):
+            assert before["train/reward"] == pytest.approx(after["train/reward"])
+            assert before["policy/grad_norm"] == pytest.approx(after["policy/grad_norm"], rel=1e-2)
+
+
+def test_a_compiled_update_is_the_same(llm, monkeypatch):
+    """Traced by torch.compile, but run without the minutes that generating code would take."""
+    results, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager", **options))
+    for compiled in (False, True):
+        lm = LanguageModel(llm("Qwen3"), rank=4, compiled=compiled)
+        torch.manual_seed(0)
+        parameters = lm.add_adapter("agent_0")
+        for p in parameters:
+            p.data = torch.randn_like(p) * 0.2
+        logp, _ = lm.logprobs(["agent_0"] * 3, prompts_of(lm, 3), [[5, 6, 7], [8], [9, 10]])
+        logp.sum().backward()
+        results.append([logp, *(p.grad for p in parameters)])
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(*results, strict=True)) and len(results[0]) > 8
+
+
+# --- several ranks -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
+def test_two_ranks_are_one_rank_with_twice_the_episodes(script, train, workplace, llm):
+    """Step by step the same rewards, losses and gradients; then the same agents, saved once."""
+    arguments = ["--model", llm("Qwen3"), "--steps", 2, "--minibatches", 2] + ["--group_size", 3] * (script == "train_mc.py")
+    one = train(f"one-{script}", script, *arguments, "--batch_size", 12)
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    ranks = [workplace.start(script, *SMALL, *arguments, "--out_dir", f"two-{script}", environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test"}) for rank in (0, 1)]
+    for run in ranks:
+        run.process.join(120)
+        assert run.process.exitcode == 0, run.err.read_text()[-2000:]
+    assert "step 2" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
+    two = workplace.folder / f"two-{script}"
+    for left, right in zip(train_lines(one), train_lines(two), strict=True):
+        for key, value in left.items():
+            assert right[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    before, after = all_agents(one), all_agents(two)
+    assert before.keys() == after.keys() and all(torch.allclose(before[key], after[key], atol=1e-3) for key in before)
+    assert sum("eval/score" in line for line in (two / "log.jsonl").read_text().splitlines()) == 2  # one rank writes
+
+
+# --- the context ---------------------------------------------------------------------------------------------------------
+
+def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
+    lm = LanguageModel(llm("Llama-3"))
+    talk = [{"role": "user", "content": "old " * 400}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "new"}]
+    whole = lm.render(talk)
+    assert lm.context == 512 and len(whole) < 512 and lm.render(talk, 512 - len(whole)) == whole and lm.truncated == 0
+    assert lm.render(talk, 200) == whole[-312:] and lm.truncated == 1
+    lm.generate([None], [lm.render(talk, 200)], luck(1, 200))
+    critic = Critic(lm, "critic", 1, 2048)
+    assert len(critic.input_ids([[{"role": "user", "content": "x y " * 400}]])) == 512 and critic.truncated == 1
+
+
+def test_an_overlong_history_is_logged(inside, llm):
+    """Prompts fit at first; a long answer makes the next history too long."""
+    run = inside("train_cc.py", "--task", "strbuild", *SMALL[2:], "--num_turns", 2, "--model", llm("gpt2"), "--steps", 1,
+                 "--max_new_tokens", 170)
+    line = train_lines(run["args"].out_dir)[0]
+    assert line["prompt/truncated"] > 0 and line["train/turns"] == 2
+    assert all(len(prompt) <= run["lms"][0].context - 170 for e in run["episodes"] for turn in e.turns for prompt in turn.prompts)
+
+
+# --- what cannot be used -------------------------------------------------------------------------------------------------
+
+def test_models_and_adapters_that_do_not_fit(llm, workplace, train):
+    """One sentence, exit code 2, and no folder."""
+    files = workplace.folder
+    weightless, broken, other = files / "weightless", files / "broken", files / "other"
+    for path in (weightless, broken, other):
+        shutil.copytree(llm("Qwen3"), path)
+    os.remove(weightless / "model.safetensors")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:3000])
+    with torch.no_grad():
+        network = AutoModelForCausalLM.from_pretrained(other)
+        network.get_input_embeddings().weight[0, 0] += 1
+        network.save_pretrained(other)
+    run = train("mine", "train_cc.py", "--model", llm("Qwen3"), "--steps", 1)
+    shutil.copytree(run, files / "moved")
+    config = json.loads((run / "config.json").read_text())
+    (files / "moved" / "config.json").write_text(json.dumps(config | {"model": str(other)}))
+    for arguments, said in [
+            (["--model", weightless], "no weights"), (["--model", broken], "cannot be loaded"),
+            (["--model", f"{llm('Qwen3')},{llm('gpt2')},tiny"], "3 models for 2 agents"),
+            (["--model", llm("Qwen3"), "--max_new_tokens", 500], "does not fit into the 512 tokens"),
+            (["--model", llm("Qwen3"), "--attn", "psychic"], "psychic"),
+            (["--model", other, "--out_dir", "moved", "--eval_only"], "trained on another base"),
+            (["--model", other, "--out_dir", "moved", "--steps", 1, "--resume"], "trained on another base")]:
+        refused = workplace.run("train_cc.py", *SMALL, "--out_dir", "unborn", *arguments)
+        assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err
+        assert not (files / "unborn").exists()
+    for more in ([], ["--merge", "unborn"]):
+        refused = workplace.run("model.py", "moved", "--device", "cpu", *more)
+        assert refused.code == 2 and "trained on another base" in refused.err and refused.err.count("\n") == 1, refused.err
+    assert not (files / "unborn" / "agent_0").exists()
+
+
+def test_load_models_shares_a_base(llm):
+    task = get_task("tldr")
+    one, two = load_models(llm("Qwen3"), task, 24)
+    assert one is two
+    one, two = load_models(f"{llm('Qwen3')},{llm('gpt2')}", task, 24)
+    assert one is not two and team(llm("gpt2"), ["agent_0"]).fingerprint == two.fingerprint != one.fingerprint
