@@ -294,6 +294,28 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class FoldedLinear(torch.autograd.Function):
+    """x (W + scale B A)^T + bias: one matrix product forward and one backward, for models whose W is cheap to copy.
+
+    The gradients of A and B go through rank r all the same; x A^T is made again instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale):
+        ctx.save_for_backward(x, W, A, B)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, A, B = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)  # (rows x T, inputs), (rows x T, outputs)
+        grad_x = grad @ torch.addmm(W, B, A, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        grad_A = ctx.scale * ((grads @ B).t() @ rows)
+        grad_B = ctx.scale * (grads.t() @ F.linear(rows, A))
+        return grad_x, None, None, grad_A, grad_B, None
+
+
 class LanguageModel:
     """A frozen causal LM and its tokenizer, with any number of LoRA adapters.
 
@@ -320,7 +342,9 @@ class LanguageModel:
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
-        some = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
+        weights = list(self.causal_lm.parameters())
+        self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
+        some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
         # for updates; sampling, whose shapes change with every token, stays as it is
         self.backbone = torch.compile(self.causal_lm.base_model, dynamic=True) if compiled else self.causal_lm.base_model
@@ -353,6 +377,7 @@ class LanguageModel:
         for p in parameters:
             p.requires_grad_(True)
             p.data = p.data.float()
+        self.small &= all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers())  # not GPT-2's
         return parameters
 
     def check_base(self, folder):
@@ -380,6 +405,10 @@ class LanguageModel:
             times = len(x) // sum(rows for _, rows in self.groups)  # T where a model flattens (B, T), as OPT does
             return x.split([rows * times for _, rows in self.groups])
 
+        name = self.groups[0][0]
+        if self.small and not self.folded and len(self.groups) == 1 and name is not None:
+            return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight,
+                                      layer.lora_B[name].weight, layer.scaling[name])
         if self.folded:
             out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
                    for (name, _), rows in zip(self.groups, split(x))]
@@ -402,10 +431,9 @@ class LanguageModel:
     @torch.no_grad()
     def fold(self, names):
         """While sampling, use one matrix per adapter instead of three; for small models only, it copies the base."""
-        small = (sum(p.numel() for p in self.causal_lm.parameters()) < 2e7 and None not in names
-                 and all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers()))
         self.folded = {name: {layer: layer.base_layer.weight + layer.get_delta_weight(name)
-                              for layer in self.lora_layers()} for name in dict.fromkeys(names)} if small else {}
+                              for layer in self.lora_layers()} for name in dict.fromkeys(names)
+                       } if self.small and None not in names else {}
 
     def render(self, messages, new_tokens=None):
         """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off.
