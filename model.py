@@ -346,8 +346,10 @@ class LanguageModel:
         self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
         some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
-        # for updates; sampling, whose shapes change with every token, stays as it is
-        self.backbone = torch.compile(self.causal_lm.base_model, dynamic=True) if compiled else self.causal_lm.base_model
+        # compiled for updates; sampling, whose shapes change with every token, stays as it is
+        self.backbone = self.causal_lm.base_model
+        if compiled:
+            self.backbone = torch.compile(self.backbone, dynamic=True)
         self.checkpointed = []  # what computes its activations again in the backward pass
         if checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -493,7 +495,8 @@ class LanguageModel:
                 ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
                 kept = torch.zeros_like(kept).scatter_(1, order, ordered)
             edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number a row, not V
-            token = torch.searchsorted(edges, luck[row, t, None] * edges[:, -1:], right=True).clamp(max=logp.shape[1] - 1)  # (rows, 1)
+            token = torch.searchsorted(edges, luck[row, t, None] * edges[:, -1:], right=True)  # (rows, 1)
+            token = token.clamp(max=logp.shape[1] - 1)
             tokens[row[alive], t] = token[alive, 0]
             logps[row[alive], t] = logp.gather(1, token)[alive, 0]
             alive &= token[:, 0] != self.end

@@ -121,7 +121,9 @@ def mean(numbers):
 
 
 def summary(episodes, prefix, gamma, ends):
-    """Means over episodes under the names of the log; return is discounted from the first turn; ends: agents' end tokens.
+    """Means over episodes under the names of the log; return is discounted from the first turn.
+
+    ends: the end token of each agent's model.
 
     Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
     """

@@ -45,7 +45,7 @@ group = parser.add_argument_group("model")
 group.add_argument("--model", default="tiny", help="tiny (built on first use), a folder or id of a causal LM, or A,B")
 group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA adapter (default 16)")
 group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-group.add_argument("--attn", default=None, help="attention: sdpa, eager or flash_attention_2 (default: the model's own)")
+group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2, ... (default: the model's own)")
 group.add_argument("--compile", action="store_true", help="torch.compile the update; minutes at first; slower on CPU")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
 group = parser.add_argument_group("task")
@@ -116,7 +116,7 @@ if args.threads:
     torch.set_num_threads(args.threads)
 try:
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
-                      args.gradient_checkpointing, args.compile)  # agent i's base is lms[i]; builds the tiny one if there is none
+                      args.gradient_checkpointing, args.compile)  # per agent; builds the tiny base if there is none
 except ValueError as error:
     fail(error)
 torch.manual_seed(args.seed)
