@@ -419,10 +419,10 @@ class LanguageModel:
         out = []
         for (name, _), rows, base in zip(self.groups, split(x), split(y)):
             if name is not None:  # None: the base alone
-                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-                low = F.linear(rows.to(A.dtype), A).flatten(0, -2)  # (rows x T, rank)
-                base = torch.addmm(base.flatten(0, -2).to(A.dtype), low, B.t(), alpha=layer.scaling[name]).view(
-                    base.shape).to(base.dtype)
+                # products in the base's precision, or an fp32 copy of every input would be kept for the backward pass
+                A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+                low = F.linear(rows, A).flatten(0, -2)  # (rows x T, rank)
+                base = torch.addmm(base.flatten(0, -2), low, B.t(), alpha=layer.scaling[name]).view(base.shape)
             out.append(base)
         return torch.cat(out) if len(out) > 1 else out[0]
 

@@ -187,6 +187,22 @@ def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, l
     assert all(torch.allclose(grads[0][key], grads[1][key], atol=1e-5, rtol=1e-4) for key in grads[0])
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2"])
+def test_a_bf16_base_with_fp32_adapters_as_on_a_gpu(name, llm):
+    """Sampled and recomputed log-probabilities agree as far as bf16 goes; adapters and their gradients stay fp32."""
+    lm = team(llm(name), ["agent_0", "agent_1"])
+    for key, p in lm.causal_lm.named_parameters():
+        p.data = p.data if "lora_" in key else p.data.bfloat16()
+    lm.small = False
+    names, prompts = ["agent_0"] * 3 + ["agent_1"] * 3, prompts_of(lm, 6)
+    tokens, logps = lm.generate(names, prompts, luck(6, 12))
+    again, _ = lm.logprobs(names, prompts, tokens)
+    assert again.dtype == torch.float32 and (again - torch.tensor(sum(logps, []))).abs().mean() < 0.1
+    again.sum().backward()
+    moved = [p for p in lm.causal_lm.parameters() if p.requires_grad and p.grad is not None]
+    assert len(moved) > 8 and all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in moved)
+
+
 def test_flags_of_memory_and_attention_give_the_same_run(train, llm):
     arguments = ["--model", llm("Qwen3"), "--steps", 2]
     plain = train("plain", "train_cc.py", *arguments)

@@ -1,0 +1,182 @@
+"""
+What a step costs: arithmetic and memory as formulas, checked by measurements on small models, then used for large ones.
+
+    python results/scaling.py --measure    # one quantity at a time is doubled: measured against predicted, in minutes
+    python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
+
+N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
+output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads; there are n
+agents, T turns, B episodes, K critics. A product of matrices costs 2 operations per weight and token; adapters and
+attention scores are left out (they are a few percent as long as p + L is small against the model's width x layers).
+
+    rollout   n T B [2 N (p + L) + 2 H L]          each answer token passes the model once
+    actors    n T B passes [4 N (p + L) + 4 H L]   forward, and backward to activations: the weights are frozen
+    critics   K T B [2 N h + passes 4 N h]         V(h_t) once, then as the actors; no output layer
+    with --gradient_checkpointing every update also computes its forward a second time: 6 N instead of 4 N
+    a full fine-tuning would need gradients of weights as well: again 6 N instead of 4 N
+
+Memory of one GPU: the frozen base (2 bytes a weight in bf16), n + K adapters with AdamW (16 bytes a weight in fp32: weight,
+gradient, two moments), and the larger one of
+    rollout   the KV cache: n B (p + L) x layers x 2 x KV heads x head width x 2 bytes
+    update    micro_batch rows: (p + L) x what a layer keeps for the backward pass x layers, or with checkpointing
+              (p + L) x (layers x 2 C bytes + what one layer keeps); and 18 V bytes per answer token for the logits.
+What a layer keeps is not guessed: a real layer of that width is built and what autograd saves is counted.
+"""
+import argparse
+import gc
+import json
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import torch
+
+GIB = 2 ** 30
+SHAPES = {  # Qwen3's published configurations: width, layers, heads, KV heads, head width, MLP width, vocabulary, tied
+    "Qwen3-0.6B": (1024, 28, 16, 8, 128, 3072, 151936, True), "Qwen3-1.7B": (2048, 28, 16, 8, 128, 6144, 151936, True),
+    "Qwen3-4B": (2560, 36, 32, 8, 128, 9728, 151936, True), "Qwen3-8B": (4096, 36, 32, 8, 128, 12288, 151936, False)}
+
+
+def config_of(shape, layers=None, vocabulary=None):
+    from transformers import Qwen3Config
+    width, deep, heads, kv_heads, head, mlp, words, tied = shape
+    return Qwen3Config(hidden_size=width, num_hidden_layers=layers or deep, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp, vocab_size=vocabulary or words,
+                       tie_word_embeddings=tied, max_position_embeddings=8192)
+
+
+def weights(shape, rank=16):
+    """(N, weights of the output layer, weights in memory, weights of one adapter of that rank on all matrices)."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(shape))
+    matrices = [p.shape for key, p in model.named_parameters() if p.ndim == 2 and "embed" not in key and "lm_head" not in key]
+    return (sum(a * b for a, b in matrices), shape[0] * shape[6], sum(p.numel() for p in model.parameters()),
+            sum(rank * (a + b) for a, b in matrices))
+
+
+def kept_by_a_layer(shape, tokens=128):
+    """Bytes per token that autograd keeps for one layer with a LoRA adapter, in bf16 with fp32 adapters as on a GPU."""
+    from transformers import AutoModelForCausalLM
+    from model import LanguageModel
+    kept = []
+    for layers in (1, 2):  # the difference is one layer; what is outside of layers drops out
+        lm = LanguageModel.__new__(LanguageModel)
+        lm.causal_lm = AutoModelForCausalLM.from_config(config_of(shape, layers, 64), dtype=torch.bfloat16)
+        lm.causal_lm.requires_grad_(False)
+        lm.peft, lm.rank, lm.folded, lm.small = None, 16, {}, False
+        lm.add_adapter("agent_0")
+        lm.rows(["agent_0"])
+        fixed = {p.untyped_storage().data_ptr() for p in lm.causal_lm.parameters()}
+        saved = {}
+
+        def save(x):
+            if x.untyped_storage().data_ptr() not in fixed:
+                saved[x.untyped_storage().data_ptr()] = x.untyped_storage()  # a storage kept twice is there once
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            lm.causal_lm.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(sum(storage.nbytes() for storage in saved.values()) / tokens)
+        del lm, saved
+        gc.collect()
+    return kept[1] - kept[0]
+
+
+def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro_batch=2, rank=16):
+    """GiB by part, without and with --gradient_checkpointing; prompt: the longest, with the last answer in it."""
+    N, H, total, adapter = weights(shape, rank)
+    width, layers, _, kv_heads, head, _, words, _ = shape
+    layer, T = kept_by_a_layer(shape), prompt + answer
+    static = {"base": 2 * total, "adapters": 16 * adapter * (agents + critics)}
+    cache = agents * episodes * T * layers * 2 * kv_heads * head * 2 + 16 * agents * episodes * words
+    logits = 18 * micro_batch * answer * words
+    plain = micro_batch * T * layer * layers + logits
+    checkpointed = micro_batch * T * (layers * 2 * width + layer) + logits
+    part = {name: size / GIB for name, size in (static | {
+        "cache": cache, "update": plain, "checkpointed": checkpointed}).items()}
+    part["MiB a token"] = layer * layers / 2 ** 20
+    for name in ("update", "checkpointed"):
+        part[f"peak, {name}"] = part["base"] + part["adapters"] + max(part["cache"], part[name])
+    return part
+
+
+def operations(episodes, critics, shape_weights, passes, checkpointing=False):
+    """Operations of one step on these episodes, by part: the formulas above with the real lengths of every row."""
+    N, H = shape_weights
+    turns = [turn for e in episodes for turn in e.turns]
+    rows = [(len(p), len(a)) for turn in turns for p, a in zip(turn.prompts, turn.tokens)]
+    read = sum(len(ids) for turn in turns for ids in turn.critic_inputs)
+    work = 6 if checkpointing else 4
+    return {"rollout": sum(2 * N * (p + L) + 2 * H * L for p, L in rows),
+            "update": passes * sum(work * N * (p + L) + 4 * H * L for p, L in rows) + 2 * N * read + passes * work * N * read}
+
+
+def measure(arguments):
+    """Train two steps in this process; (operations, seconds, tokens) of the last one."""
+    import benchmark
+    import tasks
+    agents, turns, batch, words, answer, width, layers = map(int, arguments.split(","))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark.build_model(os.path.join(folder, "model"), width, layers)
+        benchmark.AGENTS = agents
+        bench = benchmark.bench_task(words)
+        bench.agents = (1, 2, 3, 4)
+        tasks.TASKS["bench"] = bench
+        sys.argv = ["train_cc.py", "--task", "bench", "--model", os.path.join(folder, "model"), "--out_dir", os.path.join(
+            folder, "run"), *f"--num_agents {agents} --num_turns {turns} --batch_size {batch} --max_new_tokens {answer} "
+            "--steps 3 --save_every 99 --device cpu --threads 1".split()]
+        run = runpy.run_path(str(ROOT / "train_cc.py"), run_name="__main__")
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+    matrices = [p for key, p in run["lms"][0].causal_lm.named_parameters()
+                if p.ndim == 2 and "lora_" not in key and "embed" not in key and "lm_head" not in key]
+    work = operations(run["episodes"], run["critics"], (sum(p.numel() for p in matrices), width * 1005), run["args"].passes)
+    line = [line for line in lines if "train/reward" in line][-1]
+    print("MEASURED", json.dumps({"operations": work, "memory_gb": line["memory_gb"],
+                                  "seconds": {name: line[f"time/{name}_s"] for name in work}}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a step costs, by formula and by measurement.")
+    parser.add_argument("--measure", action="store_true", help="check the formulas on small models")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return measure(args.one)
+    if args.measure:
+        import subprocess
+        base = {"agents": 2, "turns": 1, "episodes": 16, "prompt words": 100, "answer tokens": 64, "width": 256, "layers": 4}
+        print("| doubled | operations | seconds | seconds per 10^9 operations: rollout, update | operations: x | seconds: x |\n"
+              "|---|---|---|---|---|---|")
+        first = None
+        for name in [None, *base]:
+            values = [value * (1 + (key == name)) for key, value in base.items()]
+            out = subprocess.run([sys.executable, __file__, "--one", ",".join(map(str, values))], capture_output=True, text=True)
+            found = json.loads(out.stdout.split("MEASURED ")[1]) if "MEASURED" in out.stdout else sys.exit(out.stderr[-2000:])
+            work, spent = (sum(found[key].values()) for key in ("operations", "seconds"))
+            first = first or (work, spent)
+            rates = ", ".join(f"{1e9 * found['seconds'][k] / found['operations'][k]:.4f}" for k in ("rollout", "update"))
+            print(f"| {name or 'nothing'} | {work:.3g} | {spent:.2f} | {rates} | {work / first[0]:.2f} | "
+                  f"{spent / first[1]:.2f} |", flush=True)
+        return
+    print("Memory in GiB: 2 agents and CoLLM-CC's critic, rank 16, 8 episodes, prompts of 900 tokens with the last answer in\n"
+          "them, 512 new tokens, --micro_batch 2; operations of a step of 4 turns, two passes, without checkpointing\n\n"
+          "| model | base | adapters with AdamW | KV cache | kept for an update: MiB per token, in all | with "
+          "checkpointing | peak | peak with checkpointing | 10^12 operations a step |\n|---|---|---|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        part, (N, H, *_) = memory(shape), weights(shape)
+        rows, p, L, h = 2 * 4 * 8, 900, 512, 1800
+        work = rows * (2 * N * (p + L) + 2 * H * L) + rows * 2 * (4 * N * (p + L) + 4 * H * L) + 32 * 10 * N * h
+        print(f"| {name} | {part['base']:.1f} | {part['adapters']:.1f} | {part['cache']:.1f} | {part['MiB a token']:.1f}, "
+              f"{part['update']:.1f} | {part['checkpointed']:.1f} | {part['peak, update']:.1f} | "
+              f"{part['peak, checkpointed']:.1f} | {work / 1e12:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
