@@ -70,7 +70,7 @@ group.add_argument("--group_size", type=int, default=4, help="G, episodes on the
 group.add_argument("--lr", type=float, default=None, help="AdamW learning rate of the actors, falls to 0 (the task's)")
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
-group.add_argument("--micro_batch", type=int, default=32, help="rows per forward; memory only, not the result")
+group.add_argument("--micro_batch", type=int, default=8, help="rows per forward; memory and speed, not the result")
 group.add_argument("--gradient_checkpointing", action="store_true", help="much less memory, a third more arithmetic")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
 group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")

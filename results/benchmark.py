@@ -14,12 +14,13 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
 
     pip install comlrl==1.4.3                          # the peer; nothing else in this repository needs it
     python results/benchmark.py                        # 1 and 2
-    python results/benchmark.py --only ours --small    # seconds: does it work?
+    python results/benchmark.py --small                # a minute: does it work?
     python results/benchmark.py --to_score 60
 """
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -39,7 +40,8 @@ TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 64, "words": 198, "tokens": 96, "steps": 3, "width": 128, "layers": 4}
 SMALL = {"episodes": 4, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
-SIDES = {"ours": {"passes": 2}, "peer": {"answers": 4}, "ours, 1 pass": {"passes": 1}, "peer, 16 answers": {"answers": 16}}
+SIDES = {"ours": {"passes": 2}, "peer": {"answers": 4},  # the peer: answers per prompt of a single turn
+         "ours, 1 pass": {"passes": 1}, "peer, 16 answers": {"answers": 16}}
 
 # --- the made-up task and its model -----------------------------------------------------------------------------------
 
@@ -321,7 +323,9 @@ def peer_to_score(job):
         return mean(e.turns[-1].outcome.score for e in episodes)
 
     while True:
-        evals.append((seconds["training"], len(evals) * task.batch_size, held_out()))
+        with torch.random.fork_rng():  # the same draws in every evaluation, as ours
+            torch.manual_seed(1234)
+            evals.append((seconds["training"], len(evals) * task.batch_size, held_out()))
         if evals[-1][2] >= job["score"] or evals[-1][0] >= job["cap"]:
             return evals
         timed(seconds, "training", train)(trainer, rng.choices(range(len(task.train_items)), k=task.batch_size))
@@ -331,8 +335,8 @@ def peer_to_score(job):
 
 def run_job(function, **job):
     """Call one of the functions above in a process of its own; returns what it returns."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-                                "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "CUDA_VISIBLE_DEVICES": "",
+                                "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     with tempfile.TemporaryDirectory() as folder:
         job |= {"out": os.path.join(folder, "run"), "result": os.path.join(folder, "result.json")}
         run = subprocess.run([sys.executable, __file__, "--job", function, json.dumps(job)], env=environment,
@@ -353,8 +357,9 @@ def speed(args, folder):
     size, results = SMALL if args.small else NORMAL, {}
     build_model(folder, size["width"], size["layers"])
     for _ in range(args.repeat):
-        for algorithm, turns, side in [(a, t, s) for a in TRAINERS for t in (1, 4) for s in SIDES if s[:4] in args.only
-                                       and not (t > 1 and "16" in s)]:
+        for algorithm, turns, side in itertools.product(args.algorithms, args.turns, SIDES):
+            if side[:4] not in args.only or "16" in side and turns > 1 or "," in side and args.small:
+                continue
             result = run_job(side[:4], algorithm=algorithm, turns=turns, model=folder, threads=args.threads, **size,
                              **SIDES[side])
             results.setdefault((algorithm, turns, side), []).append(result)
@@ -379,7 +384,7 @@ def speed(args, folder):
     print(f"Seconds for {size['episodes']} episodes; last column: ours / the faster peer, in episodes.\n")
     table(["", "turns", "code", "episodes/s", "tokens/s", *(f"{part} s" for part in PARTS), "GB", "times"], *rows)
     if floors:
-        print("Seconds of a step: ours / bare model. The factors: all of it, and with the bare model's weights frozen.\n")
+        print("Seconds of a step: ours / bare model; factors: in all, and with the bare model's weights frozen.\n")
         table(["", "turns", "code", *PARTS, "factor", "frozen"], *floors)
 
 
@@ -395,9 +400,10 @@ def to_score(args):
         if name[:4] in args.only:
             evals = run_job(function, **shared, **more)
             best = max(score for _, _, score in evals)
-            seconds, episodes, score = next((line for line in evals if line[2] >= args.to_score), evals[-1])
-            rows.append([name, f"{seconds:.1f}" if score >= args.to_score else f"not within {seconds:.0f}", episodes,
-                         f"{best:.1f}", f"{evals[0][2]:.1f}"])
+            reached = [line for line in evals if line[2] >= args.to_score and line[0] <= args.cap_s]
+            seconds, episodes, _ = (reached or evals[-1:])[0]
+            rows.append([name, f"{seconds:.1f}" if reached else f"not within {args.cap_s:g}", episodes, f"{best:.1f}",
+                         f"{evals[0][2]:.1f}"])
             print(rows[-1], file=sys.stderr)
     table(["", f"seconds to score {args.to_score:g}", "episodes", "best score", "untrained"], *rows)
 
@@ -405,11 +411,13 @@ def to_score(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["ours", "peer"], default="ours peer", help="one side alone")
+    parser.add_argument("--algorithms", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="default all")
+    parser.add_argument("--turns", nargs="+", type=int, default=[1, 4], help="default 1 4")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--small", action="store_true", help="a toy of everything, once, to see whether it works")
     parser.add_argument("--to_score", type=float, help="train to this held-out score of strbuild instead")
-    parser.add_argument("--cap_s", type=float, default=1200, help="the peer's longest training in seconds (1200)")
+    parser.add_argument("--cap_s", type=float, default=1200, help="longest training in seconds (default 1200)")
     parser.add_argument("--peer_lr", default="1e-4,3e-4,1e-3", help="learning rates that the peer tries")
     parser.add_argument("--peer_buffer", type=int, default=64, help="answers per agent and update (16 episodes)")
     parser.add_argument("--seed", type=int, default=0, help="of training to a score")

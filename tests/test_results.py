@@ -1,6 +1,8 @@
-"""The comparison of methods: its arithmetic, and that README's links point at the lines that they name."""
+"""The arithmetic of the comparison; that the benchmark runs; that README's links point at the lines that they name."""
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,15 @@ def test_holm_by_hand():
     corrected = compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03})
     assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert compare["holm"]({"a": 0.5, "b": 0.9})["b"] == 1.0
+
+
+def test_benchmark_measures_ours(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "results" / "benchmark.py", "--only", "ours", "--small", "--algorithms",
+                          "cc", "--turns", "2", "--threads", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines() if "| cc |" in line]
+    assert [row[:3] for row in rows] == [["cc", "2", "ours"]] * 2  # the speed and the floor
+    assert float(rows[0][3]) > 0 and float(rows[1][-1]) > 0 and not any(tmp_path.iterdir())
 
 
 def test_links_of_the_readme_point_at_the_lines_that_they_name():
