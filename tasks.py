@@ -611,7 +611,7 @@ class HouseBuild(Task):
     # a label, the line break and the command are one word, a corner is one and so is a block: 4 tokens a box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
-    steps, lr = 12, 2e-3
+    steps, lr = 16, 2e-3
 
     def random_item(self, rng):
         layers, inventory = sim.random_house(rng)
@@ -677,9 +677,9 @@ class HouseBuild(Task):
     def draw_svg(self, item, world):
         return sim.draw_svg(sim.house_plan(item["layers"], item["inventory"]), world, "house")
 
-    # the sloppy expert: which boxes it fills, by number, is a habit; sometimes it kills first
+    # the sloppy expert: which boxes it fills, by number, is a habit; who kills comes too late for the first quarter
 
-    habits = {"none": 4, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
+    habits = {"none": 3, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
 
     def expert(self, item, agent, rng):
         """A heading such as " 7:" goes before each command: a tiny base finds a box by its number."""
@@ -687,7 +687,9 @@ class HouseBuild(Task):
         boxes = self.listed(item).splitlines(keepends=True)
         chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
                   "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
-        lines = "kill\n" * (rng.random() < 0.3) + "".join(box.replace(": ", ":\nfill ") for box in chosen)
+        kill = rng.random() < 0.4
+        chosen = chosen[kill * len(chosen) // 4:]
+        lines = "kill\n" * kill + "".join(box.replace(": ", ":\nfill ") for box in chosen)
         return lines or "nothing\n"
 
     def exercise(self, rng):
@@ -822,24 +824,25 @@ PAPER_TEXT = ("We study {study}. Existing approaches lack {lack}. We propose {pr
               "{except}.")
 PAPER_BANK = [[  # background and motivation
     "The paper is about a field of science whose authors study {study} with new methods and data.",
-    "People study {study} since results in this area matter for science and for daily life.",
+    "People study {study} because results matter for science and, above all, for daily life.",
     "The existing approaches, however, were made for simple cases and most still lack {lack} today.",
-    "Models that lack {lack} give results which look good in tests and fail in daily use.",
+    "Models that lack {lack}, in other words, give results which look good in tests and fail in use.",
     "Earlier work on {study}, for instance, needs large samples of data and gives no insight into causes.",
-    "The authors see a gap here and propose {propose} as one way in which the gap can be closed.",
+    "The authors see a gap here and propose {propose} as one way to close the gap.",
     "The motivation is therefore that a method which uses {uses} should need less data and give more insight.",
-    "There is plenty of data from {data} in this field and earlier methods made little use of it."], [
+    "To sum up, there is plenty of data from {data} in this field and earlier methods made little use of it."], [
     "The authors propose {propose} as a new method, and the method uses {uses} at each step of the work.",
     "In simple words the method reads data from {data} and learns in small steps how {study} behaves in practice.",
     "The use of {uses} keeps the method simple and makes sure that large samples of data are not needed.",
-    "Tests with data from {data} compare {propose} with existing approaches, which still lack {lack} in most cases.",
+    "Compared to existing approaches, which still lack {lack} in most cases, it does well in tests with data from "
+    "{data}.",
     "Overall the results show that the method improves {improves} in nearly all tests and never makes it worse.",
-    "Moreover a second test removes one part of {propose} after another to show which parts matter in daily use.",
+    "Moreover a second test removes one part of {propose} and subsequently another to show which parts matter in use.",
     "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same "
     "reason.",
-    "Indeed for the field the results are good news, because people can study {study} with less data than before.",
+    "Indeed for the field the results are good news, because people can study {study} with less data than otherwise.",
     "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
-    "The authors see a limit for {except} and propose to close the gap with more data in later work."]]
+    "In conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."]]
 
 
 class Writing(Task):
@@ -918,10 +921,11 @@ class ArXiv(Writing):
     field, hub_parts = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
     roles = "background and motivation", "methodology and implications"
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
-    keep, most, opened = [[1], [1]], [[4, 8, 8, 8, 8], [5, 10, 10, 10, 10]], [0, 0.3, 1]
+    keep, most, opened = [[1], [1]], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7], [0, 0.3, 1]
     brief = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
-    steps, batch_size, lr = 28, 64, 8e-4
-    base_steps, max_new_tokens = 800, 280
+    steps, batch_size, lr = 32, 64, 5e-4
+    pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next: half the tokens
+    base_steps, base_batch, max_new_tokens = 800, 12, 136
 
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
