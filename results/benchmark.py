@@ -146,8 +146,8 @@ def ours(job):
     def longest(texts):
         return max(map(len, texts))
 
-    watch(LanguageModel, "generate", lambda names, prompts, limit, *_: (
-        "rollout", len(set(zip(names, map(tuple, prompts)))), longest(prompts), limit, len(names)))
+    watch(LanguageModel, "generate", lambda names, prompts, luck, *_: (
+        "rollout", len(set(zip(names, map(tuple, prompts)))), longest(prompts), luck.shape[1], len(names)))
     watch(LanguageModel, "logprobs", lambda names, prompts, tokens, *_: (
         "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens), True))
     watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0, torch.is_grad_enabled()))
