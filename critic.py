@@ -118,8 +118,6 @@ class Critic(nn.Module):
 
     def forward(self, inputs, turns):
         """V(h_t) of B token-id lists and their turn numbers t, in units of return, shape (B,)."""
-        hidden = self.lm[0].hidden([self.name] * len(inputs), inputs)  # (B, T, C)
-        row = torch.arange(len(inputs), device=hidden.device)
-        last = torch.tensor([len(ids) - 1 for ids in inputs], device=hidden.device)
+        hidden = self.lm[0].hidden([self.name] * len(inputs), inputs, [len(ids) - 1 for ids in inputs])  # (B, C)
         turn = torch.tensor(turns, device=hidden.device)
-        return self.mean[turn] + self.std[turn] * self.head(hidden[row, last].float())[row, turn]
+        return self.mean[turn] + self.std[turn] * self.head(hidden.float()).gather(1, turn[:, None])[:, 0]

@@ -350,6 +350,10 @@ class LanguageModel:
         self.backbone = self.causal_lm.base_model
         if compiled:
             self.backbone = torch.compile(self.backbone, dynamic=True)
+        self.wanted = None  # positions whose hidden states an update reads; None while sampling
+        last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
+        if hasattr(last, "mlp"):
+            self.whole_mlp, last.mlp.forward = last.mlp.forward, self.last_mlp
         self.checkpointed = []  # what computes its activations again in the backward pass
         if checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -479,6 +483,7 @@ class LanguageModel:
         logps = torch.zeros(B, max_new_tokens, device=device)
         row = torch.arange(B, device=device)  # which answer each row still in the batch belongs to
         alive = torch.ones(B, dtype=torch.bool, device=device)
+        self.wanted = None
         self.fold(names)
         for t in range(max_new_tokens):
             attend = mask[:, None, None, :P + t] if t and self.kernel_mask else mask[:, :P + t]
@@ -513,29 +518,38 @@ class LanguageModel:
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def hidden(self, names, sequences):
-        """Hidden states (B, T, C) of B token-id lists, padded on the right, where causal attention needs no mask."""
+    def last_mlp(self, x):
+        """The last layer's MLP where its output is read, and 0 elsewhere: nothing comes after it but that."""
+        if self.wanted is None or len(self.groups) > 1:
+            return self.whole_mlp(x)
+        out = self.whole_mlp(x.flatten(0, 1)[self.wanted][None])[0]  # (N, C)
+        return torch.zeros_like(x).flatten(0, 1).index_copy(0, self.wanted, out).view_as(x)
+
+    def hidden(self, names, sequences, first):
+        """Hidden states (N, C) of B token-id lists from position first[b] to the end of each, one after another.
+
+        Rows are padded on the right, where causal attention needs no mask.
+        """
         T = max(map(len, sequences))
         ids = torch.tensor([s + [self.pad] * (T - len(s)) for s in sequences], device=self.device)  # (B, T)
         self.rows(names)
+        self.wanted = torch.tensor([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
+                                    for t in range(start, len(s))], device=self.device)  # (N,)
         for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
             module.training = torch.is_grad_enabled()
-        states = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, C)
         for module in self.checkpointed:
             module.training = False
-        return states
+        return states.flatten(0, 1)[self.wanted]
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):
         """log pi of every sampled token and the entropy there, both (N,): the answers' tokens one after another.
 
         Vocabulary logits are computed where an answer's token is predicted and nowhere else.
         """
-        hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)])  # (B, T, C)
-        T = hidden.shape[1]
-        predicts = torch.tensor([b * T + len(p) - 1 + i for b, (p, t) in enumerate(zip(prompts, tokens))
-                                 for i in range(len(t))], device=self.device)  # (N,)
+        hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)], [len(p) - 1 for p in prompts])
         sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
-        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[predicts]).float()  # (N, V)
+        logits = self.causal_lm.get_output_embeddings()(hidden).float()  # (N, V)
         logits = logits / (self.logits_scaling or 1.0)
         if self.softcap:
             logits = self.softcap * (logits / self.softcap).tanh()

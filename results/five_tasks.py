@@ -32,7 +32,8 @@ def table(folder):
                 first = statistics.mean(run[0]["eval/pass_rate"] for run in runs)
                 more = f"; pass rate {100 * first:.0f}% → {100 * statistics.mean(r[-1]['eval/pass_rate'] for r in runs):.0f}%"
             if task == "housebuild":
-                more = f"; spider penalty {runs[0][0]['eval/spider_penalty']:.3f} → {over_seeds('eval/spider_penalty', 3)}"
+                more = (f"; agents that kill {runs[0][0]['eval/kills']:.2f} → {over_seeds('eval/kills', 2)}, spider penalty "
+                        f"{runs[0][0]['eval/spider_penalty']:.3f} → {over_seeds('eval/spider_penalty', 3)}")
             rows.append(f"| `{task}` | {statistics.mean(run[-1]['joint_actions'] for run in runs):,.0f} | "
                         f"{statistics.mean(run[0]['eval/score'] for run in runs):.1f} | {over_seeds('eval/score', 1)}{more} | "
                         f"{over_seeds('eval/reward', 2)} | {paper} |")

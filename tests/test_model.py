@@ -251,7 +251,7 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
     tokens = [[5, 6, 7, lm.end], [300] * 9, [8], [9, 10], [11, 12]]
     with torch.no_grad():
         mixed, _ = lm.logprobs(names, prompts, tokens)
-        states = lm.hidden(names, prompts)
+        states = lm.hidden(names, prompts, [len(p) - 1 for p in prompts])
     for name in ("agent_0", "agent_1", "critic"):
         lm.save_adapter(name, str(tmp_path))
         assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / name))
@@ -265,7 +265,7 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
         plain.insert(0, plain_logprobs(peft, prompts[row], tokens[row]))
         with torch.no_grad():
             last = peft(input_ids=torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states[-1][0, -1]
-        assert torch.allclose(states[row, len(prompts[row]) - 1], last, atol=1e-5)
+        assert torch.allclose(states[row], last, atol=1e-5)
     assert torch.allclose(mixed, torch.cat(plain), atol=1e-5)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
