@@ -185,6 +185,8 @@ def check_model(names, num_agents):
     for name in dict.fromkeys(names.split(",")):
         if name == "tiny":
             continue
+        if not name:
+            raise ValueError(f"--model {names} names no model between its commas.")
         if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is not a model folder: it has no config.json.")
         if os.path.exists(name) and not any(glob.glob(os.path.join(name, end)) for end in ("*.safetensors", "*.bin")):
@@ -200,7 +202,8 @@ def check_model(names, num_agents):
 def model_folders(names, task):
     """Per agent the folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE."""
     folder = os.path.join("out", f"tiny-{task.base}")
-    if "tiny" in names.split(",") and not os.path.isdir(folder) and os.environ.get("RANK", "0") == "0":
+    if "tiny" in names.split(",") and not os.path.isdir(folder) and (
+            not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
         build_tiny(task, folder)
     gather([])  # the other ranks wait for it
     folders = [folder if name == "tiny" else name for name in names.split(",")]
@@ -324,8 +327,8 @@ class LanguageModel:
 
     def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False, compiled=False):
         self.folder, self.device, self.rank, self.peft = folder, device, rank, None
-        self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
         try:
+            self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, attn_implementation=attn)
         except Exception as error:  # weights from anywhere can be wrong in any way
@@ -455,7 +458,7 @@ class LanguageModel:
         if new_tokens is None or len(ids) + new_tokens <= self.context:
             return ids
         self.truncated += 1
-        return ids[new_tokens - self.context:]
+        return ids[len(ids) - max(1, self.context - new_tokens):]
 
     def decode(self, tokens):
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -633,8 +636,11 @@ def main():
     parser.add_argument("--merge", metavar="FOLDER", help="play nothing; write plain models FOLDER/agent_0, ...")
     args = parser.parse_args()
     try:
-        with open(os.path.join(args.out_dir, "config.json")) as file:
-            config = json.load(file)
+        try:
+            with open(os.path.join(args.out_dir, "config.json")) as file:
+                config = json.load(file)
+        except (OSError, ValueError):
+            raise ValueError(f"{args.out_dir} is not the folder of a run: it has no readable config.json.") from None
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
@@ -647,9 +653,7 @@ def main():
             for folder, adapter in parts:
                 merge(folder, adapter, os.path.join(args.merge, os.path.basename(adapter)))
             return
-    except OSError:
-        parser.exit(2, f"error: {args.out_dir} is not the folder of a run: it has no config.json.\n")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 
     context, pipes = multiprocessing.get_context("spawn"), []

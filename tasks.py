@@ -164,7 +164,7 @@ def read_jsonl(path, check):
     """
     items = {"train": [], "eval": []}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # bad bytes become surrogates
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -172,14 +172,18 @@ def read_jsonl(path, check):
                     record = json.loads(line)
                     if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
                         raise ValueError('a line is an object whose "split", if any, is "train" or "eval"')
+                    json.dumps(record, ensure_ascii=False).encode()
                     items[record.get("split", "train")].append(check(record))
+                except UnicodeEncodeError:
+                    raise ValueError(f"{path}, line {number}: this is not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
                     raise ValueError(f"{path}, line {number}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read {path}: {error}") from None
     if not items["train"]:
         raise ValueError(f"{path} has no training line.")
-    both = [item for item in items["eval"] if item in items["train"]]
+    train = {json.dumps(item, sort_keys=True) for item in items["train"]}
+    both = [item for item in items["eval"] if json.dumps(item, sort_keys=True) in train]
     if both:
         raise ValueError(f"{path}: {both[0]} is a training line and a held-out line; it can be only one.")
     return items["train"], items["eval"]
@@ -246,7 +250,7 @@ RANGES = {name: (1, 1e9) for name in (
     "threads", "max_new_tokens", "num_agents", "batch_size", "group_size", "lora_rank", "passes", "minibatches",
     "micro_batch", "save_every", "critic_tokens")} | {name: (0, 1e9) for name in (
         "steps", "lr", "critic_lr", "clip", "eval_every")} | {
-    "gamma": (0, 1), "lam": (0, 1), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1)}
+    "seed": (0, 2 ** 63 - 1), "gamma": (0, 1), "lam": (0, 1), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1)}
 
 
 def check_ranges(args):
@@ -270,8 +274,11 @@ def check_run_folder(args):
         if os.path.isdir(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
             raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
         return
-    with open(path) as file:
-        saved = json.load(file)
+    try:
+        with open(path) as file:
+            saved = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if "out_dir" not in saved:
         raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
     if not (args.resume or args.overwrite or args.eval_only):
@@ -623,11 +630,14 @@ class HouseBuild(Task):
     def check(self, record):
         layers, inventory, attacks = record.get("layers"), record.get("inventory"), record.get("spider_attacks", [])
         if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
+                and all(isinstance(rows, list) and rows for rows in layers.values())
                 and all(isinstance(row, str) for rows in layers.values() for row in rows)
-                and all(block in sim.HOUSE_BLOCKS for block in inventory.values())
-                and all(isinstance(attack, int) for attack in attacks)):
+                and all(isinstance(block, str) and block in sim.HOUSE_BLOCKS for block in inventory.values())
+                and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
             raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
                              f' among {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
+        if sum(len(row) for rows in layers.values() for row in rows) > 4096:
+            raise ValueError("a house has at most 4096 cells, as 16 x 16 x 16 has")
         layers = {int(y): rows for y, rows in layers.items()}
         sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
         if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
@@ -764,7 +774,7 @@ def writing_levels(first, second, words, ratio, unique, cap, whole):
 
 
 TLDR_LEVELS = {"words": (8, 256), "ratio": (1.1, 1.6, 3.2, 5.0), "unique": (1.3, 2.0, math.inf, math.inf), "cap": 0.03,
-        "whole": False}
+               "whole": False}
 ARXIV_LEVELS = {"words": (128, 256), "ratio": (0.8, 1.3, 1.6, 2.0), "unique": (0.5, 0.7, 1.3, 1.7), "cap": 0.23,
                 "whole": True}
 
@@ -933,23 +943,37 @@ class ArXiv(Writing):
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 SECONDS = 2.0, 6.0  # time limits of one test, and of all tests of one pair of answers
 # Code that a model wrote runs only here: one process per batch, in it a worker per core, in that a fork per test. On
-# Linux a test has no network, writes only to its own folder, and its whole process namespace is cleared after it; where
-# that is refused, and on macOS, its limits and its process group remain. It passes by sending a token after its last
-# line, so exit(0) is no pass. Not stopped: reading files, searching the caller's frames, an __eq__ that is always true.
+# Linux a test has no network, starts no process, writes only to its own folder in 64 MB of memory, and its whole process
+# namespace is cleared after it; where that is refused, and on macOS, its limits and its process group remain. It passes
+# by sending a token after its last line, so exit(0) is no pass. Not stopped: reading files, searching the caller's
+# frames, an __eq__ that is always true.
 SANDBOX = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
-import random, re, resource, select, statistics, string, sys, time, typing  # loaded once, for all tests
+import random, re, resource, select, shutil, statistics, string, struct, sys, time, typing  # once, for all tests
 from contextlib import suppress
 jobs, (per_test, per_pair), libc = *json.load(sys.stdin), ctypes.CDLL(None)
 null, (queue, feed), folder = os.open(os.devnull, os.O_RDWR), os.pipe(), os.getcwd().encode()
 call = lambda name, *given: getattr(libc, name)(*given) if hasattr(libc, name) else -1
+user, group = os.getuid(), os.getgid()
 apart = call("unshare", 0x50020000) == 0  # user, network, mounts: all made read-only, but for this folder
 if apart:
+    for file, text in ("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1"):
+        with suppress(OSError), open("/proc/self/" + file, "w") as out:
+            out.write(text)
     libc.mount(folder, folder, None, 4096, None)
     libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(1, 0), 32)
-    libc.syscall(442, -100, folder, 0, (ctypes.c_uint64 * 4)(0, 1), 32)
+    if libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"size=64m,nr_inodes=9999"):
+        libc.syscall(442, -100, folder, 0, (ctypes.c_uint64 * 4)(0, 1), 32)
     os.chdir(folder)
-def run(module, name, test, folder, send, token):
+# memfd_create, clone, fork, vfork, clone3 fail: root's processes are not counted by RLIMIT_NPROC
+arch, numbers = {"x86_64": (0xC000003E, (319, 56, 57, 58, 435)), "aarch64": (0xC00000B7, (279, 220, 435))}.get(
+    os.uname().machine, (0, ()))
+steps = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (6, 0, 0, 0), (0x20, 0, 0, 0)]
+for number in numbers:
+    steps += [(0x15, 0, 1, number), (6, 0, 0, 0x50001)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*steps, (6, 0, 0, 0x7fff0000)]))
+rules = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps) + 1, ctypes.addressof(code)))
+def run(module, name, test, folder, send, token, go=exec, write=os.write):  # an answer may replace both
     os.setsid()
     [os.dup2(null, fd) for fd in range(3)], os.closerange(3, send), os.closerange(send + 1, 256)
     os.mkdir(folder), os.chmod(folder, 0o777), os.chdir(folder)
@@ -959,11 +983,13 @@ def run(module, name, test, folder, send, token):
         with suppress(AttributeError, OSError, ValueError):
             resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
     call("prctl", 1, 9)
-    space = {"__name__": "answer"}
-    exec(module, space)
+    if numbers:
+        call("prctl", 38, 1, 0, 0, 0), call("prctl", 22, 2, rules)
+    space, test = {"__name__": "answer"}, compile(test, "test", "exec")
+    go(module, space)
     space["candidate"] = space[name]
-    exec(test, space)
-    os.write(send, token)
+    go(test, space)
+    write(send, token)
 def passes(module, name, test, folder, limit):
     token, (verdict, send) = os.urandom(16), os.pipe()
     if not (pid := os.fork()):
@@ -980,6 +1006,7 @@ def passes(module, name, test, folder, limit):
     with suppress(ChildProcessError):
         while os.waitpid(-1, 0):
             pass
+    shutil.rmtree(folder, ignore_errors=True)
     return passed
 for _ in range(min(os.cpu_count() or 1, len(jobs))):
     if os.fork():
@@ -1033,13 +1060,18 @@ def parse_python(text):
         return None, str(error).replace("<unknown>, ", "") or "nested too deeply"
 
 
+def unix(text):
+    """The text with line breaks as the parser counts them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def find_function(answer, name):
-    """(source, node, error, whether it returns) of the first `def name(`; fenced blocks come before the whole text.
+    """(source, node, error, whether it returns) of the last `def name(`; fenced blocks come before the whole text.
 
     In text that is no Python the function is its `def` line and the indented lines below it, so that one with a syntax
     error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
     """
-    answer = answer.replace("\r\n", "\n").replace("\r", "\n")
+    answer = unix(answer)
     for text in [textwrap.dedent(block.partition("\n")[2]) for block in answer.split("```")[1::2]] + [answer]:
         tree, _ = parse_python(text)
         head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ): of a long signature
@@ -1048,7 +1080,7 @@ def find_function(answer, name):
             tree, error = parse_python(text)
             if tree is None:
                 return text, None, error, bool(re.search(r"\breturn\b", text))
-        for node in tree.body if tree else []:
+        for node in reversed(tree.body if tree else []):  # of two definitions the last one holds
             if isinstance(node, FUNCTION) and node.name == name:
                 nodes = list(node.body)
                 for child in nodes:  # grows while it is read; a function inside has returns of its own
@@ -1084,8 +1116,9 @@ def coophe_tests(test):
             assert candidate(2) == 4
             assert True                        ->   ["assert candidate(2) == 4"]
     """
+    test = unix(test)
     tree, error = parse_python(test)
-    nodes = [node for node in tree.body if not ast.unparse(node).startswith("METADATA")] if tree else []
+    nodes = [node for node in tree.body if not ast.unparse(node).startswith(("METADATA", "check("))] if tree else []
     check = next((node for node in nodes if isinstance(node, FUNCTION) and node.name == "check"), None)
     body = [node for node in check.body if not isinstance(node, ast.Pass) and not (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))] if check else []
@@ -1103,19 +1136,22 @@ def coophe_rewards(triples):
     """coophe_reward of many (item, aux, main), all judged in one sandbox."""
     results, jobs, judged = [], [], []
     for item, aux_answer, main_answer in triples:
-        name, tests, (tree, _) = item["entry_point"], coophe_tests(item["test"]), parse_python(item["prompt"])
-        imports = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] if tree \
-            else re.findall(r"^(?:import|from)[ \t].*", item["prompt"], re.M)
+        name, tests = item["entry_point"], coophe_tests(item["test"])
+        tree = parse_python(item["prompt"])[0] or parse_python(item["prompt"] + "\n    pass")[0]  # a bare signature
+        given = [ast.unparse(node) for node in tree.body if getattr(node, "name", "") not in ("aux", name)] if tree \
+            else re.findall(r"^(?:import|from)[ \t].*", item["prompt"], re.M)  # imports, and helpers that tests may use
         aux, aux_node, aux_error, aux_returns = find_function(aux_answer, "aux")
         main, main_node, main_error, main_returns = find_function(main_answer, name)
-        error = f"{aux_error[:150]} in aux" if aux_error else f"{main_error[:150]} in {name}" if main_error else ""
+        module = "\n".join([*given, aux, main])
+        error = f"{aux_error[:150]} in aux" if aux_error else f"{main_error[:150]} in {name}" if main_error else \
+            parse_python(module)[1]
         level = ("syntax error: " + error if error else "" if aux_returns else "aux has no function with a return"
                  ) if main_returns else "main has no function with a return"
         result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": level}
         results.append(result)
         if main_returns and not error:
             result["reward"] += 0.5
-            jobs.append(["\n".join([*imports, aux, main]), name, tests])
+            jobs.append([module, name, tests])
             judged.append((result, tests, use_of_aux(main_node) if aux_node else 0.0))
     for (result, tests, use), digits in zip(judged, run_tests(jobs) if jobs else []):
         result["passed"] = digits.count("1")

@@ -94,6 +94,7 @@ try:  # everything a person can get wrong is found before anything is built or l
     check_ranges(args)
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
+    rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
@@ -113,7 +114,6 @@ except ValueError as error:
     fail(error)
 except ImportError:
     fail("--wandb needs the package: pip install wandb")
-rank, ranks, args.device = join_ranks(args.device)
 print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def log(line):
 
 def rollout(items, generator):
     """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
-    mine = slice(len(items) * rank // ranks, len(items) * (rank + 1) // ranks)
+    mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
     episodes = [Episode(item) for item in items[mine]]
     for t in range(args.num_turns):
         luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
@@ -214,8 +214,8 @@ def rollout(items, generator):
 def micro_batches(rows, length):
     """This rank's share of rows, cut into micro-batches of like length, so that little of each is padding."""
     rows = sorted(rows, key=length)
-    size = min(args.micro_batch, -(-len(rows) // ranks))
-    return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::ranks]
+    size = min(args.micro_batch, -(-len(rows) // args.ranks))
+    return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
@@ -282,7 +282,8 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
-    episodes = rollout(task.eval_items, torch.Generator().manual_seed(1234))
+    dice, size = torch.Generator().manual_seed(1234), args.batch_size * args.ranks  # no more at once than in training
+    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], dice)]
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)
@@ -311,7 +312,7 @@ for step in bar:
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
     for counter in lms:
         counter.truncated = 0  # evaluations count none
-    items = [rng.choice(task.train_items) for _ in range(args.batch_size * ranks // args.group_size)]
+    items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // args.group_size)]
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
     stats = set_advantages(episodes) | update_actors(episodes)

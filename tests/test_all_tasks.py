@@ -147,6 +147,11 @@ def test_one_agent_writes_both_texts(name):
     ("housebuild", {"layers": {"0": [["A"]]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": ["A"], "2": ["A"]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": [".."]}, "inventory": {}}, "hold a block"),
+    ("housebuild", {"layers": {"0": 5}, "inventory": {"A": "planks"}}, "layers"),
+    ("housebuild", {"layers": {"0": [], "1": ["A"]}, "inventory": {"A": "planks"}}, "layers"),
+    ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "planks"}, "spider_attacks": [10 ** 400]}, "spider_attacks"),
+    ("housebuild", {"layers": {"0": ["A" * 5000]}, "inventory": {"A": "planks"}}, "4096"),
+    ("tldr", {"prompt": "a \ud800"}, "UTF-8"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f"}, "test"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f", "test": "def check(candidate):\n    pass"}, "assert"),
 ])
@@ -157,6 +162,15 @@ def test_a_line_that_is_no_item(tmp_path, name, line, said):
     with pytest.raises(ValueError, match=rf"own.jsonl, line 2: .*{re.escape(said)}") as error:
         get_task(name, data=str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_with_a_mark_in_front_and_one_that_is_no_text(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a post"}\r\n{"prompt": "another"}')  # as Windows editors save it
+    assert len(get_task("tldr", data=str(path)).train_items) == 2
+    path.write_bytes(b'{"prompt": "a post"}\n{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match="line 2: .*UTF-8"):
+        get_task("tldr", data=str(path))
 
 
 HUB = {"tldr": ("trl-lib/tldr", {"train": "prompt", "test": "prompt"}),

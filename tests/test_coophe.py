@@ -1,4 +1,5 @@
 """coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,13 @@ def test_tests_are_one_line_asserts_or_the_whole_check():
     assert judge(AUX, MAIN, ITEM | {"test": beside}) == (4.0, 1, "passed")  # beside check, so there when it runs
 
 
+def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
+    item = ITEM | {"prompt": "def twice(n):\n    return 2 * n\n\ndef f(n):\n    \"\"\"Do.\"\"\"\n",
+                   "test": "def check(candidate):\r    assert candidate(0) == [twice(0)]\r\rcheck(f)\r"}
+    assert judge("def aux(n):\n    return [n]", "def f(n):\n    x = aux(n)\n    return x + []", item) == (4.0, 1, "passed")
+    assert judge(AUX, "def f(n):\n    return 1\n" + MAIN) == (4.0, 4, "passed")  # the last definition holds
+
+
 @pytest.mark.parametrize("test", ["x = 1", "def check(candidate):\n    assert True", "def check(candidate):\n    pass",
                                   "def check(candidate:", "def check(candidate):\n    for i in []:\n        pass"])
 def test_a_problem_without_tests_is_refused(test):
@@ -121,6 +129,24 @@ def test_what_crashes_fails_and_its_neighbours_do_not(first):
                               (ITEM, AUX, MAIN)])
     alone = 0 if "getppid" in first else 3  # without namespaces who kills the worker fails everything
     assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+@pytest.mark.parametrize("trick", [
+    "__import__('builtins').__dict__.update(exec=lambda *a: None)", "__import__('os').__dict__.update(write=lambda *a: 16)",
+    "__import__('builtins').__dict__.update(AssertionError=None, compile=lambda *a: 'pass')"])
+def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
+    wrong = "def f(n):\n    return 'no' + str(aux)"
+    assert coophe_reward(ITEM, f"def aux(n, _={trick}):\n    return n", wrong)["passed"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+@pytest.mark.parametrize("first", [
+    "import os; os.fork()", "import subprocess; subprocess.run(['true'])", "import os; os.memfd_create('x')",
+    "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]"])
+def test_no_process_and_no_disk_full_of_files(first):
+    """Each of these raises: root's processes are not counted by the usual limit, and files are many small ones."""
+    assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
 
 
 def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path):
