@@ -1207,7 +1207,7 @@ class CoopHE(Task):
     for all that fit, and both agents must choose the same.
     """
     pattern = r" ?[\p{L}_']+\(?|\d|\n *|[^\s\p{L}\d]+|\s"
-    turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 1200
+    turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 1300
     steps, batch_size, lr = 14, 32, 2e-3
     hub_parts = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"),
                  ("openai/openai_humaneval", "test[32:]", "test[:32]")]
