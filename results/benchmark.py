@@ -4,7 +4,7 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
  1. Speed. Both train one randomly initialised Llama (width 128, 4 layers, float32) on one made-up task: each of two
     agents reads about 200 tokens and writes exactly 96, sampled from the whole vocabulary but the special tokens.
     Every run is a process of its own, ours and the peer's in turn; what comes before the first update is left out.
-    Ours is the train script itself: 64 episodes a step, rank 16, 2 passes of 2 minibatches or a single pass. The peer
+    Ours is the train script itself: 32 episodes a step, rank 16, 2 passes of 2 minibatches or a single pass. The peer
     trains whole models, one pass of 8 answers an update (its default); over several turns it allows one answer per
     prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves count as episodes.
  2. Floor. What our last step asked of the model, asked again of the bare model: prompts at once, tokens one by one
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 AGENTS, SPECIAL = 2, ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
 TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
-NORMAL = {"episodes": 64, "words": 198, "tokens": 96, "steps": 3, "width": 128, "layers": 4}
+NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
 SMALL = {"episodes": 4, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
 SIDES = {"ours": {"passes": 2}, "peer": {"answers": 4},  # the peer: answers per prompt of a single turn
          "ours, 1 pass": {"passes": 1}, "peer, 16 answers": {"answers": 16}}
