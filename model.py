@@ -15,6 +15,7 @@ import base64
 import collections
 import contextlib
 import glob
+import inspect
 import itertools
 import json
 import math
@@ -169,7 +170,8 @@ def load_tokenizer(name):
         knows_system = False
     text = tokenizer.apply_chat_template(talk[1:], tokenize=False, enable_thinking=False)
     after = tokenizer(text[text.rindex("\u00a7") + 1:], add_special_tokens=False).input_ids[:1]
-    end = after[0] if after and after[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    special = {*tokenizer.all_special_ids, *(k for k, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    end = after[0] if after and after[0] in special else tokenizer.eos_token_id
     if end is None:
         raise ValueError(f"{name} has a tokenizer without an end token; answers could not end.")
     return tokenizer, knows_system, end
@@ -339,8 +341,9 @@ class LanguageModel:
         config = self.causal_lm.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 10 ** 9
         self.truncated = 0  # prompts that lost their oldest tokens because the context was full
-        self.softcap, self.logits_scaling = (getattr(config, name, None) for name in (
-            "final_logit_softcapping", "logits_scaling"))  # Gemma 2, Granite
+        divisor, factor, multiplier, self.softcap = (getattr(config, name, None) for name in (
+            "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
+        self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
         # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
@@ -355,8 +358,10 @@ class LanguageModel:
             self.backbone = torch.compile(self.backbone, dynamic=True)
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
-        if hasattr(last, "mlp"):
-            self.whole_mlp, last.mlp.forward = last.mlp.forward, self.last_mlp
+        mlp = getattr(last, "mlp", None)
+        if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1 and not any(
+                "expert" in key or "router" in key for key, _ in mlp.named_parameters()):
+            self.whole_mlp, mlp.forward = mlp.forward, self.last_mlp
         self.checkpointed = []  # what computes its activations again in the backward pass
         if checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -553,7 +558,7 @@ class LanguageModel:
         hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)], [len(p) - 1 for p in prompts])
         sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
         logits = self.causal_lm.get_output_embeddings()(hidden).float()  # (N, V)
-        logits = logits / (self.logits_scaling or 1.0)
+        logits = logits * self.logit_scale
         if self.softcap:
             logits = self.softcap * (logits / self.softcap).tanh()
         logp = (logits / temperature).log_softmax(-1)

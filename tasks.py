@@ -284,7 +284,7 @@ def check_run_folder(args):
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
-        ignored = FREE if args.resume else set(vars(args)) - {"task", "world", "model", "num_agents", "lora_rank"}
+        ignored = FREE if args.resume else set(vars(args)) - {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}
         differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
                   if key not in ignored and saved.get(key, value) != value]  # it may be older than a setting
         if differ:
@@ -638,6 +638,8 @@ class HouseBuild(Task):
                              f' among {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
         if sum(len(row) for rows in layers.values() for row in rows) > 4096:
             raise ValueError("a house has at most 4096 cells, as 16 x 16 x 16 has")
+        if len({int(y) for y in layers}) < len(layers):
+            raise ValueError("two layers of this house have the same height")
         layers = {int(y): rows for y, rows in layers.items()}
         sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
         if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
@@ -1072,11 +1074,12 @@ def find_function(answer, name):
     error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
     """
     answer = unix(answer)
-    for text in [textwrap.dedent(block.partition("\n")[2]) for block in answer.split("```")[1::2]] + [answer]:
+    blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # language word
+    for text in [textwrap.dedent(block) for block in blocks] + [answer, textwrap.dedent(answer)]:
         tree, _ = parse_python(text)
         head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ): of a long signature
-        if tree is None and (match := re.search(head, text, re.M)):
-            text = match[0].rstrip()
+        if tree is None and (matches := list(re.finditer(head, text, re.M))):
+            text = matches[-1][0].rstrip()
             tree, error = parse_python(text)
             if tree is None:
                 return text, None, error, bool(re.search(r"\breturn\b", text))
@@ -1123,7 +1126,9 @@ def coophe_tests(test):
     body = [node for node in check.body if not isinstance(node, ast.Pass) and not (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))] if check else []
     if all(isinstance(node, ast.Assert) and node.lineno == node.end_lineno for node in body):
-        lines = dict.fromkeys(test.split("\n")[node.lineno - 1].strip() for node in body)
+        rows = test.split("\n")
+        lines = dict.fromkeys(rows[node.lineno - 1].strip() if node.lineno > check.lineno else ast.unparse(node)
+                              for node in body)
         tests = [line for line in lines if line.startswith("assert") and "candidate" in line]
     else:
         tests = [ast.unparse(check) + "\ncheck(candidate)"] * any("candidate" in ast.unparse(node) for node in body)

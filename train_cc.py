@@ -90,6 +90,7 @@ def fail(sentence):
     sys.exit(2)
 
 
+args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
@@ -274,7 +275,8 @@ def update_critics(episodes):
                 loss.backward()
                 total += loss.item()
             sum_gradients(critic.weights)
-            torch.nn.utils.clip_grad_norm_(critic.weights, 1.0)
+            if not torch.nn.utils.clip_grad_norm_(critic.weights, 1.0) < float("inf"):
+                fail("a critic's gradient is not a number; the last save is intact. Lower --critic_lr and start again.")
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             updates += 1

@@ -90,6 +90,7 @@ def fail(sentence):
     sys.exit(2)
 
 
+args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):

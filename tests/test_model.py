@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTJConfig,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTJConfig,
                           GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen3Config)
 
 import model
@@ -22,6 +22,8 @@ CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda *
 PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
             "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
+            "cohere": lambda **ids: CohereConfig(**SHAPE, num_key_value_heads=2, logit_scale=0.25, **ids),
+            "bloom": lambda **ids: BloomConfig(hidden_size=32, n_layer=2, n_head=4, **ids),
             "granite": lambda **ids: GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=4.0, **ids),
             "gptj": lambda **ids: GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, **ids),
             "opt": lambda **ids: OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, **ids)}

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AddedToken, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import model
 from critic import Critic
@@ -56,8 +56,8 @@ def llm(tmp_path_factory):
         if name not in folders:
             config, bos, template, eos = LLMS[name]
             own = copy.deepcopy(tokenizer)
-            own.add_special_tokens({"additional_special_tokens": [
-                "<|im_start|>", "<|im_end|>", "<|head|>", "<|end_head|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]})
+            own.add_tokens([AddedToken(token, special=True) for token in (  # as real tokenizers hold them
+                "<|im_start|>", "<|im_end|>", "<|head|>", "<|end_head|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")])
             own.add_special_tokens({"eos_token": eos} | ({"bos_token": bos} if bos else {}))
             own.chat_template = template
             if name == "gpt2":
