@@ -147,6 +147,7 @@ def test_one_agent_writes_both_texts(name):
     ("housebuild", {"layers": {"0": [["A"]]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": ["A"], "2": ["A"]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": [".."]}, "inventory": {}}, "hold a block"),
+    ("housebuild", {"layers": {"0": ["A"], "00": ["A"]}, "inventory": {"A": "planks"}}, "same height"),
     ("housebuild", {"layers": {"0": 5}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": [], "1": ["A"]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "planks"}, "spider_attacks": [10 ** 400]}, "spider_attacks"),

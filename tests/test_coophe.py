@@ -107,7 +107,11 @@ def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
     item = ITEM | {"prompt": "def twice(n):\n    return 2 * n\n\ndef f(n):\n    \"\"\"Do.\"\"\"\n",
                    "test": "def check(candidate):\r    assert candidate(0) == [twice(0)]\r\rcheck(f)\r"}
     assert judge("def aux(n):\n    return [n]", "def f(n):\n    x = aux(n)\n    return x + []", item) == (4.0, 1, "passed")
-    assert judge(AUX, "def f(n):\n    return 1\n" + MAIN) == (4.0, 4, "passed")  # the last definition holds
+    for before in ("", "Two tries.\n"):  # the last definition holds, in Python and in prose
+        assert judge(AUX, f"{before}def f(n):\n    return 1\n\n{MAIN}") == (4.0, 4, "passed")
+    assert judge(f"```{AUX}\n```", "".join(f"    {line}\n" for line in MAIN.split("\n"))) == (4.0, 4, "passed")
+    assert coophe_tests("def check(candidate): assert candidate(1) == [1]") == [
+        "assert candidate(1) == [1]"]
 
 
 @pytest.mark.parametrize("test", ["x = 1", "def check(candidate):\n    assert True", "def check(candidate):\n    pass",

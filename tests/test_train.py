@@ -370,6 +370,14 @@ def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, fou
     assert not (workplace.folder / "nothing").exists()
 
 
+@pytest.mark.parametrize("script, flag", [("train_dc.py", "--resume"), ("train_mc.py", "--resume"), ("train_dc.py", "--eval_only")])
+def test_a_run_of_another_algorithm_is_left_alone(workplace, data, four_steps, script, flag):
+    before = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
+    run = workplace.run(script, *SMALL, "--data", data, "--out_dir", "four", "--steps", 4, flag)
+    assert run.code == 2 and "'cc' -> " in run.err and run.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
+
+
 def test_eval_only_with_fewer_turns(workplace, data, four_steps):
     """A question that one may ask of a trained team: how good is its first answer?"""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
@@ -410,6 +418,8 @@ def test_a_step_with_other_settings(train, arguments):
     (["--gamma", 1.5], ["gamma"]),
     (["--lam", -0.1], ["lam"]),
     (["--lr", "nan"], ["lr"]),
+    (["--seed", 10 ** 20], ["seed"]),
+    (["--model", "tiny,"], ["tiny,"]),
     (["--steps", -1], ["steps"]),
     (["--reward", "late"], ["late", "sparse"]),
     (["--world", "flat"], ["flat", "persistent"]),
