@@ -284,7 +284,8 @@ def check_run_folder(args):
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
-        ignored = FREE if args.resume else set(vars(args)) - {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}
+        ignored = FREE if args.resume else set(vars(args)) - {
+            "algorithm", "task", "world", "model", "num_agents", "lora_rank"}
         differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
                   if key not in ignored and saved.get(key, value) != value]  # it may be older than a setting
         if differ:
@@ -945,10 +946,10 @@ class ArXiv(Writing):
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 SECONDS = 2.0, 6.0  # time limits of one test, and of all tests of one pair of answers
 # Code that a model wrote runs only here: one process per batch, in it a worker per core, in that a fork per test. On
-# Linux a test has no network, starts no process, writes only to its own folder in 64 MB of memory, and its whole process
-# namespace is cleared after it; where that is refused, and on macOS, its limits and its process group remain. It passes
-# by sending a token after its last line, so exit(0) is no pass. Not stopped: reading files, searching the caller's
-# frames, an __eq__ that is always true.
+# Linux a test has no network, starts no process, writes only to its own folder in 64 MB of memory, and its whole
+# process namespace is cleared after it; where that is refused, and on macOS, its limits and its process group remain.
+# It passes by sending a token after its last line, so exit(0) is no pass. Not stopped: reading files, searching the
+# caller's frames, an __eq__ that is always true.
 SANDBOX = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
 import random, re, resource, select, shutil, statistics, string, struct, sys, time, typing  # once, for all tests
