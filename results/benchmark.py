@@ -389,9 +389,9 @@ def speed(args, folder):
 
 
 def to_score(args):
-    from model import model_folder
+    from model import model_folders
     from tasks import get_task
-    shared = {"model": model_folder("tiny", get_task("strbuild")), "threads": args.threads, "seed": args.seed,
+    shared = {"model": model_folders("tiny", get_task("strbuild"))[0], "threads": args.threads, "seed": args.seed,
               "score": args.to_score, "cap": args.cap_s}
     runs = {f"peer, rate {lr}": ("peer_to_score", {"lr": float(lr), "buffer": args.peer_buffer})
             for lr in args.peer_lr.split(",")} | {"ours": ("ours_to_score", {})}
