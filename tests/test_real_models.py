@@ -279,9 +279,9 @@ def test_an_overlong_history_is_logged(inside, llm):
 
 # --- what cannot be used -------------------------------------------------------------------------------------------------
 
-def test_models_and_adapters_that_do_not_fit(llm, workplace, train):
+def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
     """One sentence, exit code 2, and no folder."""
-    files = workplace.folder
+    files = tmp_path
     weightless, broken, other = files / "weightless", files / "broken", files / "other"
     for path in (weightless, broken, other):
         shutil.copytree(llm("Qwen3"), path)
@@ -300,13 +300,13 @@ def test_models_and_adapters_that_do_not_fit(llm, workplace, train):
             (["--model", f"{llm('Qwen3')},{llm('gpt2')},tiny"], "3 models for 2 agents"),
             (["--model", llm("Qwen3"), "--max_new_tokens", 500], "does not fit into the 512 tokens"),
             (["--model", llm("Qwen3"), "--attn", "psychic"], "psychic"),
-            (["--model", other, "--out_dir", "moved", "--eval_only"], "trained on another base"),
-            (["--model", other, "--out_dir", "moved", "--steps", 1, "--resume"], "trained on another base")]:
-        refused = workplace.run("train_cc.py", *SMALL, "--out_dir", "unborn", *arguments)
+            (["--model", other, "--out_dir", tmp_path / "moved", "--eval_only"], "trained on another base"),
+            (["--model", other, "--out_dir", tmp_path / "moved", "--steps", 1, "--resume"], "trained on another base")]:
+        refused = workplace.run("train_cc.py", *SMALL, "--out_dir", tmp_path / "unborn", *arguments)
         assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err
         assert not (files / "unborn").exists()
-    for more in ([], ["--merge", "unborn"]):
-        refused = workplace.run("model.py", "moved", "--device", "cpu", *more)
+    for more in ([], ["--merge", tmp_path / "unborn"]):
+        refused = workplace.run("model.py", tmp_path / "moved", "--device", "cpu", *more)
         assert refused.code == 2 and "trained on another base" in refused.err and refused.err.count("\n") == 1, refused.err
     assert not (files / "unborn" / "agent_0").exists()
 
