@@ -39,10 +39,12 @@ from jinja2.exceptions import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, write_text
@@ -299,6 +301,80 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class Packed:
+    """Token sequences in one row, without padding, in which a beginning that several of them share stands only once.
+
+    names: whose adapter reads each; sequences of one adapter must stand together, and only those share anything.
+    [[1, 2, 3], [1, 2, 4]] become ids [1, 2, 3, 4] at positions [0, 1, 2, 2], and the paths [0, 1, 2] and [0, 1, 3] say
+    where the tokens of each are. Turns of an episode share the first observation, answers of a group their prompt.
+
+    Attention goes block by block: some queries of one sequence, and the keys on the path that leads to them.
+    """
+    BLOCK = 128  # queries at most; blocks with equally many blocks before them are one call of the attention kernel
+    now = None  # the row under way, until the next one: checkpointing computes its forward again
+
+    def __init__(self, names, sequences, device):
+        ids, position, blocks, number = [], [], collections.defaultdict(list), {name: k for k, name in enumerate(names)}
+        self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
+        for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
+            sequence, (name, other) = list(sequences[row]), last
+            shared = 0
+            if name == names[row]:
+                shared = next((k for k, (a, b) in enumerate(zip(sequence, other)) if a != b), min(len(sequence), len(other)))
+            path, last = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared)), (names[row], sequence)
+            ids, position = ids + sequence[shared:], position + list(range(shared, len(sequence)))
+            self.paths[row] = path
+            self.groups[names[row]] += len(sequence) - shared
+            for start in range(shared, len(sequence), self.BLOCK):
+                end = min(start + self.BLOCK, len(sequence))
+                blocks[-(-end // self.BLOCK)].append((path[start:end], list(range(start, end)), path[:end]))
+        self.ids, self.position = (torch.tensor([numbers], device=device) for numbers in (ids, position))  # (1, N)
+        self.calls, place, done = [], [0] * len(ids), 0  # place: where the attention's output of each token is
+        for call in blocks.values():
+            queries, at, keys = (torch.tensor(padded(numbers, 0), device=device) for numbers in zip(*call))
+            self.calls.append((queries, at, keys))  # (n, L), (n, L), (n, K): the queries, their positions, the keys
+            for k, (block, *_) in enumerate(call):
+                for j, token in enumerate(block):
+                    place[token] = done + k * queries.shape[1] + j
+            done += queries.numel()
+        self.place, self.masks = torch.tensor(place, device=device), {}
+
+    def mask(self, call, window, dtype):
+        """What the queries of a call may not attend to: later keys, and those that a sliding window has left behind."""
+        if (call, window) not in self.masks:
+            _, at, keys = self.calls[call]
+            behind = at[:, :, None] - torch.arange(keys.shape[1], device=at.device)  # (n, L, K)
+            hidden = (behind < 0) | (behind >= (window or math.inf))
+            self.masks[call, window] = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(
+                hidden, -math.inf)[:, None]
+        return self.masks[call, window]
+
+    @staticmethod
+    def attention(module, query, key, value, attention_mask, sliding_window=None, **options):
+        """Attention for transformers: as it is, by torch's kernel, or of the row under way (mask: Packed.SIGN)."""
+        if attention_mask is not Packed.SIGN:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        row, outputs = Packed.now, []
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+        for call, (queries, _, keys) in enumerate(row.calls):
+            q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+                       for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, L or K, D)
+            mask = row.mask(call, sliding_window, q.dtype)
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options | {"is_causal": False})[0].flatten(0, 1))
+        return torch.cat(outputs).index_select(0, row.place)[None], None  # (1, N, heads, D)
+
+
+Packed.SIGN = torch.zeros(1, 1, 1, 1)
+AttentionInterface.register("packed", Packed.attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+def padded(rows, filler):
+    """Lists of one length: [[1, 2], [3]] and filler 0 give [[1, 2], [3, 0]]."""
+    length = max(map(len, rows))
+    return [list(row) + [filler] * (length - len(row)) for row in rows]
+
+
 class FoldedLinear(torch.autograd.Function):
     """x (W + scale B A)^T + bias: one matrix product forward and one backward, for models whose W is cheap to copy.
 
@@ -356,6 +432,10 @@ class LanguageModel:
         self.backbone = self.causal_lm.base_model
         if compiled:
             self.backbone = torch.compile(self.backbone, dynamic=True)
+        # models whose attention can be replaced read rows without padding and shared beginnings once
+        self.packs = not compiled and config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
+        if self.packs:
+            self.causal_lm.set_attn_implementation("packed")
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
         mlp = getattr(last, "mlp", None)
@@ -416,7 +496,8 @@ class LanguageModel:
         def split(x):
             if len(self.groups) == 1:
                 return [x]
-            times = len(x) // sum(rows for _, rows in self.groups)  # T where a model flattens (B, T), as OPT does
+            x = x.flatten(0, -2)
+            times = len(x) // sum(rows for _, rows in self.groups)  # tokens per row
             return x.split([rows * times for _, rows in self.groups])
 
         name = self.groups[0][0]
@@ -426,7 +507,7 @@ class LanguageModel:
         if self.folded:
             out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
                    for (name, _), rows in zip(self.groups, split(x))]
-            return torch.cat(out) if len(out) > 1 else out[0]
+            return torch.cat(out).view(*x.shape[:-1], -1) if len(out) > 1 else out[0]
         y = layer.base_layer(x)
         out = []
         for (name, _), rows, base in zip(self.groups, split(x), split(y)):
@@ -436,7 +517,7 @@ class LanguageModel:
                 low = F.linear(rows, A).flatten(0, -2)  # (rows x T, rank)
                 base = torch.addmm(base.flatten(0, -2), low, B.t(), alpha=layer.scaling[name]).view(base.shape)
             out.append(base)
-        return torch.cat(out) if len(out) > 1 else out[0]
+        return torch.cat(out).view(y.shape) if len(out) > 1 else out[0]
 
     def rows(self, names):
         """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
@@ -478,14 +559,8 @@ class LanguageModel:
         """
         B, P, device = len(prompts), max(map(len, prompts)), self.device
         max_new_tokens, luck = luck.shape[1], luck.to(device)
-        rows = list(zip(names, map(tuple, prompts)))
-        once = {key: k for k, key in enumerate(dict.fromkeys(rows))}  # a prompt that a group shares is read once
-        copies = torch.tensor([once[key] for key in rows], device=device) if len(once) <= B / 2 else None
-        first, shown = zip(*(rows if copies is None else once))
-        ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in shown], device=device)  # (B, P), left-padded
-        mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + max_new_tokens) for p in shown],
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts],
                             dtype=torch.bool, device=device)  # 1 = may be attended to
-        position = (mask[:, :P].long().cumsum(1) - 1).clamp(min=0)  # (B, P)
         cache = Cache(layer_class_to_replicate=RoomyLayer)
         tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
         logps = torch.zeros(B, max_new_tokens, device=device)
@@ -494,13 +569,13 @@ class LanguageModel:
         self.wanted = None
         self.fold(names)
         for t in range(max_new_tokens):
-            attend = mask[:, None, None, :P + t] if t and self.kernel_mask else mask[:, :P + t]
-            self.rows(names if t else first)
-            logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
-                                    past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
-            if copies is not None:
-                logits, mask, position = logits[copies], mask[copies], position[copies]
-                copies = cache.batch_select_indices(copies)  # None: done
+            if t == 0:
+                logits, position = self.prefill(names, prompts, mask[:, :P], cache)
+            else:
+                attend = mask[:, None, None, :P + t] if self.kernel_mask else mask[:, :P + t]
+                self.rows(names)
+                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
+                                        past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
             logp = (logits.float() / temperature).log_softmax(-1)
             kept = logp.exp()
             if top_p < 1:
@@ -515,7 +590,7 @@ class LanguageModel:
             alive &= token[:, 0] != self.end
             if not alive.any():
                 break
-            ids, position = token, position[:, -1:] + 1
+            ids, position = token, position + 1
             if alive.float().mean() < 0.9:  # drop finished rows; copying the cache for each single one costs more
                 keep = alive.nonzero()[:, 0]
                 row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
@@ -525,6 +600,31 @@ class LanguageModel:
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
+
+    def prefill(self, names, prompts, mask, cache):
+        """Read the prompts, left-padded as in mask (B, P), into the cache: logits (B, V) and positions (B, 1) of their ends."""
+        P = mask.shape[1]
+        if self.packs:
+            row = self.pack(names, prompts)
+            ends = torch.tensor([path[-1] for path in row.paths], device=self.device)
+            logits = self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
+                                    past_key_values=cache, logits_to_keep=ends).logits[0]
+            where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)  # (B, P)
+            for layer in cache.layers:
+                layer.keys, layer.values = (x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values))
+                layer.room = None
+        else:
+            self.rows(names)
+            ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)
+            logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+                                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return logits, mask.sum(1, keepdim=True) - 1
+
+    def pack(self, names, sequences):
+        """Make these sequences the row under way."""
+        Packed.now = Packed(names, sequences, self.device)
+        self.groups = list(Packed.now.groups.items())
+        return Packed.now
 
     def last_mlp(self, x):
         """The last layer's MLP where its output is read, and 0 elsewhere: nothing comes after it but that."""
@@ -536,19 +636,25 @@ class LanguageModel:
     def hidden(self, names, sequences, first):
         """Hidden states (N, C) of B token-id lists from position first[b] to the end of each, one after another.
 
-        Rows are padded on the right, where causal attention needs no mask.
+        Where beginnings cannot be shared, rows are padded on the right, where causal attention needs no mask.
         """
-        T = max(map(len, sequences))
-        ids = torch.tensor([s + [self.pad] * (T - len(s)) for s in sequences], device=self.device)  # (B, T)
-        self.rows(names)
-        self.wanted = torch.tensor([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
-                                    for t in range(start, len(s))], device=self.device)  # (N,)
+        if self.packs:
+            row = self.pack(names, sequences)
+            inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
+            wanted = [token for path, start in zip(row.paths, first) for token in path[start:]]
+        else:
+            self.rows(names)
+            inputs = {"input_ids": torch.tensor(padded(sequences, self.pad), device=self.device)}  # (B, T)
+            T = inputs["input_ids"].shape[1]
+            wanted = [b * T + t for b, (s, start) in enumerate(zip(sequences, first)) for t in range(start, len(s))]
+        wanted = torch.tensor(wanted, device=self.device)  # (N,), where several sequences may want the same token
+        self.wanted = wanted.unique()
         for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
             module.training = torch.is_grad_enabled()
-        states = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, C)
+        states = self.backbone(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)
         for module in self.checkpointed:
             module.training = False
-        return states.flatten(0, 1)[self.wanted]
+        return states.flatten(0, 1)[wanted]
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):
         """log pi of every sampled token and the entropy there, both (N,): the answers' tokens one after another.

@@ -65,6 +65,7 @@ group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=int, default=None, help="training steps (default: the task's)")
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
+group.add_argument("--group_size", type=int, default=1, help="G, episodes on the same item in a step (default 1)")
 group.add_argument("--lr", type=float, default=None, help="AdamW learning rate of the actors, falls to 0 (the task's)")
 group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of critics (default 2e-3)")
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
@@ -99,6 +100,8 @@ try:  # everything a person can get wrong is found before anything is built or l
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
+    if args.batch_size % args.group_size:
+        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
     if args.wandb:
@@ -216,9 +219,9 @@ def rollout(items, generator):
     return gather(episodes)
 
 
-def micro_batches(rows, length):
-    """This rank's share of rows, cut into micro-batches of like length, so that little of each is padding."""
-    rows = sorted(rows, key=length)
+def micro_batches(rows, tokens):
+    """This rank's share of rows, cut into micro-batches; rows that begin alike meet in one, so that is computed once."""
+    rows = sorted(rows, key=tokens)
     size = min(args.micro_batch, -(-len(rows) // args.ranks))
     return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]
 
@@ -234,7 +237,7 @@ def set_advantages(episodes):
         if progress["step"] == 0:
             critic.set_scale(returns)
         said = []
-        for batch in micro_batches(range(len(turns)), lambda n: len(turns[n][1].critic_inputs[c])):
+        for batch in micro_batches(range(len(turns)), lambda n: turns[n][1].critic_inputs[c]):
             with torch.no_grad():
                 values = critic([turns[n][1].critic_inputs[c] for n in batch], [turns[n][0] for n in batch])
             said += zip(batch, values.tolist())
@@ -255,19 +258,21 @@ def set_advantages(episodes):
 # --- update -----------------------------------------------------------------------------------------------------------
 
 
-def minibatches(rows):
-    """Shuffle rows and deal them into the minibatches of one pass; each is one optimizer step."""
-    rng.shuffle(rows)
-    size = -(-len(rows) // args.minibatches)
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+def minibatches(episodes):
+    """Shuffle groups of episodes and deal them into the minibatches of one pass; each is one optimizer step."""
+    groups = [episodes[k:k + args.group_size] for k in range(0, len(episodes), args.group_size)]
+    rng.shuffle(groups)
+    size = -(-len(groups) // args.minibatches)
+    return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
 
 
 def update_critics(episodes):
     """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
     total, updates = 0.0, 0
     for c, critic in list(enumerate(critics)) * args.passes:
-        for rows in minibatches([(t, turn) for e in episodes for t, turn in enumerate(e.turns)]):
-            for batch in micro_batches(rows, lambda row: len(row[1].critic_inputs[c])):
+        for part in minibatches(episodes):
+            rows = [(t, turn) for e in part for t, turn in enumerate(e.turns)]
+            for batch in micro_batches(rows, lambda row: row[1].critic_inputs[c]):
                 turns = [t for t, _ in batch]
                 values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
                 targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
@@ -287,9 +292,9 @@ def update_actors(episodes):
     """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
-        for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
-            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
-                    [turn for j, turn in rows if j == i], lambda turn: len(turn.prompts[i]) + len(turn.tokens[i]))]:
+        for part in minibatches(episodes):
+            rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(rows, lambda turn: turn.prompts[i])]:
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all
@@ -298,7 +303,7 @@ def update_actors(episodes):
                                          device=args.device)
                 ratio = (logp - old_logp).exp()
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / (len(rows) * len(agents))
                 loss.backward()
                 total += loss.item()
                 entropies.append((entropy.sum().item(), len(entropy)))
@@ -348,7 +353,8 @@ for step in bar:
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # the critic has to keep up to the end
     for counter in [*lms, *critics]:
         counter.truncated = 0  # evaluations count none
-    episodes = rollout([rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks)], generator)
+    items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // args.group_size)]
+    episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
     stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
     t2 = time.time()

@@ -99,14 +99,12 @@ try:  # everything a person can get wrong is found before anything is built or l
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
-    args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
-    check_run_folder(args)
     if args.baseline not in ("group", "loo", "none"):
         raise ValueError(f"There is no baseline {args.baseline!r}; choose from group, loo, none.")
-    if args.batch_size % args.group_size:
-        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
     if args.group_size == 1 and args.baseline != "none":
         raise ValueError(f"--baseline {args.baseline} compares the episodes of a group; group_size must be at least 2.")
+    if args.batch_size % args.group_size:
+        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
     if args.wandb:
@@ -212,9 +210,9 @@ def rollout(items, generator):
     return gather(episodes)
 
 
-def micro_batches(rows, length):
-    """This rank's share of rows, cut into micro-batches of like length, so that little of each is padding."""
-    rows = sorted(rows, key=length)
+def micro_batches(rows, tokens):
+    """This rank's share of rows, cut into micro-batches; rows that begin alike meet in one, so that is computed once."""
+    rows = sorted(rows, key=tokens)
     size = min(args.micro_batch, -(-len(rows) // args.ranks))
     return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]
 
@@ -241,20 +239,21 @@ def set_advantages(episodes):
 # --- update -----------------------------------------------------------------------------------------------------------
 
 
-def minibatches(rows):
-    """Shuffle rows and deal them into the minibatches of one pass; each is one optimizer step."""
-    rng.shuffle(rows)
-    size = -(-len(rows) // args.minibatches)
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+def minibatches(episodes):
+    """Shuffle groups of episodes and deal them into the minibatches of one pass; each is one optimizer step."""
+    groups = [episodes[k:k + args.group_size] for k in range(0, len(episodes), args.group_size)]
+    rng.shuffle(groups)
+    size = -(-len(groups) // args.minibatches)
+    return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
 
 
 def update_actors(episodes):
     """Step 4. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
-        for rows in minibatches([(i, turn) for e in episodes for turn in e.turns for i in agents]):
-            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
-                    [turn for j, turn in rows if j == i], lambda turn: len(turn.prompts[i]) + len(turn.tokens[i]))]:
+        for part in minibatches(episodes):
+            rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(rows, lambda turn: turn.prompts[i])]:
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all
@@ -263,7 +262,7 @@ def update_actors(episodes):
                                          device=args.device)
                 ratio = (logp - old_logp).exp()
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / len(rows)
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / (len(rows) * len(agents))
                 loss.backward()
                 total += loss.item()
                 entropies.append((entropy.sum().item(), len(entropy)))

@@ -40,8 +40,9 @@ TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
 SMALL = {"episodes": 4, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
-SIDES = {"ours": {"passes": 2}, "peer": {"answers": 4},  # the peer: answers per prompt of a single turn
-         "ours, 1 pass": {"passes": 1}, "peer, 16 answers": {"answers": 16}}
+# answers: of a prompt, when there is a single turn; update: an agent's answers that ours learns from at once
+SIDES = {"peer": {"answers": 4}, "ours, as the peer": {"answers": 4, "update": 8, "passes": 1},
+         "peer, 16": {"answers": 16}, "ours": {}}
 
 # --- the made-up task and its model -----------------------------------------------------------------------------------
 
@@ -151,9 +152,13 @@ def ours(job):
     watch(LanguageModel, "logprobs", lambda names, prompts, tokens, *_: (
         "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens), True))
     watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0, torch.is_grad_enabled()))
+    more = {"passes": job["passes"]} if "passes" in job else {}
+    if "update" in job:
+        more["minibatches"] = job["episodes"] * job["turns"] // job["update"]
+        more["group_size"] = job["answers"] if job["turns"] == 1 or job["algorithm"] == "mc" else 1
     train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"], num_turns=job["turns"],
-                 max_new_tokens=job["tokens"], steps=job["steps"] + 1, passes=job["passes"], threads=job["threads"],
-                 save_every=1000, device="cpu", out_dir=job["out"])
+                 max_new_tokens=job["tokens"], steps=job["steps"] + 1, threads=job["threads"], save_every=1000,
+                 device="cpu", out_dir=job["out"], **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
     steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations

@@ -11,7 +11,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, build_tiny, tiny_tokenizer, train_bpe
+from model import LanguageModel, Packed, build_tiny, tiny_tokenizer, train_bpe
 from tasks import get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -351,15 +351,55 @@ def test_a_row_samples_the_same_alone_and_in_company(folder):
     assert three[:4] == one[:4] and three[4:] != one[4:]
 
 
+def test_a_shared_beginning_stands_once():
+    row = Packed(["agent_0"] * 2, [[1, 2, 3], [1, 2, 4]], "cpu")
+    assert row.ids.tolist() == [[1, 2, 3, 4]] and row.position.tolist() == [[0, 1, 2, 2]] and row.paths == [[0, 1, 2], [0, 1, 3]]
+    row = Packed(["a", "b", "b", "b"], [[7, 8], [7, 8, 9], [7], [7, 8, 9]], "cpu")  # nothing is shared between adapters
+    assert row.ids.tolist() == [[7, 8, 7, 8, 9]] and row.groups == {"a": 2, "b": 3}
+    assert row.paths == [[0, 1], [2, 3, 4], [2], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["neox", "gemma3", "mistral"])
+def test_packed_rows_have_the_values_and_gradients_of_rows_read_alone(name, tokenizers, tmp_path, monkeypatch):
+    """Histories that grow, answers of a group, equal rows; sequences of many attention blocks; sliding windows."""
+    monkeypatch.setattr(Packed, "BLOCK", 16)
+    lm, tokens_read = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"]), []
+    assert lm.packs
+    one, two = [random.Random(seed).choices(range(5, 200), k=50) for seed in (1, 2)]
+    prompts = [one, one, one + two, two, one + two + one, one[:20], one, one + two]
+    answers = [[5, 6, 7], [5, 6], [8] * 20, [9], [10, 11], [12], [5, 6, 7], [13]]
+    names = ["agent_0"] * 6 + ["agent_1"] * 2
+    weights = torch.rand(sum(map(len, answers)), generator=torch.Generator().manual_seed(0))
+    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens_read.append(inputs[0].numel()))
+
+    def gradients(rows):
+        lm.causal_lm.zero_grad()
+        values = [lm.logprobs(*zip(*batch))[0] for batch in rows]
+        (torch.cat(values) * weights).sum().backward()
+        return torch.cat(values), {key: p.grad.clone() for key, p in lm.causal_lm.named_parameters() if p.grad is not None}
+
+    rows = list(zip(names, prompts, answers))
+    values, grads = gradients([rows])
+    assert tokens_read == [(50 + 2 + 50 + 19 + 50 + 1) + 50 + (50 + 2 + 50)]
+    hook.remove()
+    for packs, batches in [(True, [[row] for row in rows]), (False, [[row] for row in rows]), (False, [rows[:6], rows[6:]])]:
+        lm.packs = packs
+        again, other = gradients(batches)
+        assert torch.allclose(values, again, atol=1e-4)
+        assert grads.keys() == other.keys() and all(torch.allclose(grads[key], other[key], atol=1e-3, rtol=1e-3) for key in grads)
+
+
 def test_a_prompt_that_a_group_shares_is_read_once(folder):
     """Each copy goes its own way from there, and its log-probabilities are those of its own row."""
     lm, reads = team(folder), []
     one, two, other = prompts_of(lm, 3)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 4, [one, two, one, one, two, one] + [one, other, other, other]
-    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(len(inputs[0])))
+    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].numel()))
     tokens, logps = lm.generate(names, prompts, luck(10, 8))
     hook.remove()
-    assert reads[:2] == [4, 10]  # four distinct rows are read, ten go on
+    def distinct(*sequences):
+        return len({tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)})
+    assert reads[:2] == [distinct(one, two) + distinct(one, other), 10]
     again, _ = lm.logprobs(names, prompts, tokens)
     assert torch.allclose(torch.tensor(sum(logps, [])), again, atol=1e-4) and len(set(map(tuple, tokens))) > 4
 
