@@ -605,14 +605,18 @@ class LanguageModel:
         """Read the prompts, left-padded as in mask (B, P), into the cache: logits (B, V) and positions (B, 1) of their ends."""
         P = mask.shape[1]
         if self.packs:
-            row = self.pack(names, prompts)
-            ends = torch.tensor([path[-1] for path in row.paths], device=self.device)
-            logits = self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
-                                    past_key_values=cache, logits_to_keep=ends).logits[0]
-            where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)  # (B, P)
-            for layer in cache.layers:
-                layer.keys, layer.values = (x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values))
-                layer.room = None
+            logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
+            for k in range(0, len(prompts), 16):
+                row, part = self.pack(names[k:k + 16], prompts[k:k + 16]), Cache(layer_class_to_replicate=RoomyLayer)
+                ends = torch.tensor([path[-1] for path in row.paths], device=self.device)
+                logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
+                                             past_key_values=part, logits_to_keep=ends).logits[0])
+                where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)  # (16, P)
+                states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
+                               for layer in part.layers])
+            logits = torch.cat(logits)
+            for layer, parts in enumerate(zip(*states)):
+                cache.update(*map(torch.cat, zip(*parts)), layer)
         else:
             self.rows(names)
             ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)

@@ -431,7 +431,7 @@ class StrBuild(Task):
     def builtin(self):
         rng = random.Random(0)
         strings = list(dict.fromkeys(self.random_string(rng) for _ in range(6000)))
-        held_out = ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:30]
+        held_out = ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:126]
         return [{"string": s} for s in strings if not self.held_out(s)], [{"string": s} for s in held_out]
 
     @staticmethod
@@ -619,7 +619,7 @@ class HouseBuild(Task):
     # a label, the line break and the command are one word, a corner is one and so is a block: 4 tokens a box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
-    steps, lr = 16, 2e-3
+    steps, lr = 28, 2e-3
 
     def random_item(self, rng):
         layers, inventory = sim.random_house(rng)
