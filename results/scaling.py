@@ -5,8 +5,8 @@ What a step costs: arithmetic and memory as formulas, checked by measurements on
     python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
 
 N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
-output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads; there are n
-agents, T turns, B episodes, K critics. A product of matrices costs 2 operations per weight and token; adapters and
+output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (in updates p and
+h count a beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics. A product of matrices costs 2 operations per weight and token; adapters and
 attention scores are left out (they are a few percent as long as p + L is small against the model's width x layers).
 
     rollout   n T B [2 N (p + L) + 2 H L]          each answer token passes the model once
@@ -106,15 +106,23 @@ def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro
     return part
 
 
-def operations(episodes, critics, shape_weights, passes, checkpointing=False):
+def operations(episodes, shape_weights, passes, checkpointing=False):
     """Operations of one step on these episodes, by part: the formulas above with the real lengths of every row."""
     N, H = shape_weights
-    turns = [turn for e in episodes for turn in e.turns]
-    rows = [(len(p), len(a)) for turn in turns for p, a in zip(turn.prompts, turn.tokens)]
-    read = sum(len(ids) for turn in turns for ids in turn.critic_inputs)
+    rows = [(p, a) for e in episodes for turn in e.turns for p, a in zip(turn.prompts, turn.tokens)]
+    new = sum(len(a) for _, a in rows)
+    learned = sum(distinct([p + a for p, a in zip(prompts, answers)]) for e in episodes for prompts, answers in zip(
+        zip(*(turn.prompts for turn in e.turns)), zip(*(turn.tokens for turn in e.turns))))  # per episode and agent
+    read = sum(distinct(inputs) for e in episodes for inputs in zip(*(turn.critic_inputs for turn in e.turns)))
     work = 6 if checkpointing else 4
-    return {"rollout": sum(2 * N * (p + L) + 2 * H * L for p, L in rows),
-            "update": passes * sum(work * N * (p + L) + 4 * H * L for p, L in rows) + 2 * N * read + passes * work * N * read}
+    return {"rollout": 2 * N * sum(len(p) + len(a) for p, a in rows) + 2 * H * new,
+            "update": passes * (work * N * (learned + read) + 4 * H * new) + 2 * N * read}
+
+
+def distinct(sequences):
+    """Tokens to compute when shared beginnings are computed once: [1, 2, 3] and [1, 2, 4] have 4."""
+    rows = sorted(sequences)
+    return sum(len(row) - len(os.path.commonprefix([before, row])) for before, row in zip([[], *rows], rows))
 
 
 def measure(arguments):
@@ -136,7 +144,7 @@ def measure(arguments):
         lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
     matrices = [p for key, p in run["lms"][0].causal_lm.named_parameters()
                 if p.ndim == 2 and "lora_" not in key and "embed" not in key and "lm_head" not in key]
-    work = operations(run["episodes"], run["critics"], (sum(p.numel() for p in matrices), width * 1005), run["args"].passes)
+    work = operations(run["episodes"], (sum(p.numel() for p in matrices), width * 1005), run["args"].passes)
     line = [line for line in lines if "train/reward" in line][-1]
     print("MEASURED", json.dumps({"operations": work, "memory_gb": line["memory_gb"],
                                   "seconds": {name: line[f"time/{name}_s"] for name in work}}))
