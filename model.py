@@ -315,16 +315,14 @@ class Packed:
 
     def __init__(self, names, sequences, device):
         ids, position, blocks, number = [], [], collections.defaultdict(list), {name: k for k, name in enumerate(names)}
-        self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
+        self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, None)
         for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
-            sequence, (name, other) = list(sequences[row]), last
-            shared = 0
-            if name == names[row]:
-                shared = next((k for k, (a, b) in enumerate(zip(sequence, other)) if a != b), min(len(sequence), len(other)))
-            path, last = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared)), (names[row], sequence)
+            name, sequence = names[row], list(sequences[row])
+            shared = len(os.path.commonprefix([sequence, last[1]])) if name == last[0] else 0
+            new, last = len(sequence) - shared, (name, sequence)
+            self.paths[row] = path = path[:shared] + list(range(len(ids), len(ids) + new))
+            self.groups[name] += new
             ids, position = ids + sequence[shared:], position + list(range(shared, len(sequence)))
-            self.paths[row] = path
-            self.groups[names[row]] += len(sequence) - shared
             for start in range(shared, len(sequence), self.BLOCK):
                 end = min(start + self.BLOCK, len(sequence))
                 blocks[-(-end // self.BLOCK)].append((path[start:end], list(range(start, end)), path[:end]))
@@ -360,7 +358,8 @@ class Packed:
             q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
                        for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, L or K, D)
             mask = row.mask(call, sliding_window, q.dtype)
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options | {"is_causal": False})[0].flatten(0, 1))
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, **options | {"is_causal": False})  # (n, L, heads, D)
+            outputs.append(out.flatten(0, 1))
         return torch.cat(outputs).index_select(0, row.place)[None], None  # (1, N, heads, D)
 
 
@@ -433,7 +432,8 @@ class LanguageModel:
         if compiled:
             self.backbone = torch.compile(self.backbone, dynamic=True)
         # models whose attention can be replaced read rows without padding and shared beginnings once
-        self.packs = not compiled and config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
+        self.packs = (config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
+                      and not compiled)
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
@@ -602,7 +602,7 @@ class LanguageModel:
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
     def prefill(self, names, prompts, mask, cache):
-        """Read the prompts, left-padded as in mask (B, P), into the cache: logits (B, V) and positions (B, 1) of their ends."""
+        """Read the prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends."""
         P = mask.shape[1]
         if self.packs:
             logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
@@ -611,7 +611,7 @@ class LanguageModel:
                 ends = torch.tensor([path[-1] for path in row.paths], device=self.device)
                 logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
                                              past_key_values=part, logits_to_keep=ends).logits[0])
-                where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)  # (16, P)
+                where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)
                 states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
                                for layer in part.layers])
             logits = torch.cat(logits)
@@ -620,8 +620,9 @@ class LanguageModel:
         else:
             self.rows(names)
             ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)
-            logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            position = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
+            logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                    logits_to_keep=1).logits[:, -1]
         return logits, mask.sum(1, keepdim=True) - 1
 
     def pack(self, names, sequences):

@@ -220,7 +220,7 @@ def rollout(items, generator):
 
 
 def micro_batches(rows, tokens):
-    """This rank's share of rows, cut into micro-batches; rows that begin alike meet in one, so that is computed once."""
+    """This rank's share of rows, cut into micro-batches; rows that begin alike share one, which computes that once."""
     rows = sorted(rows, key=tokens)
     size = min(args.micro_batch, -(-len(rows) // args.ranks))
     return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]

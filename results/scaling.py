@@ -5,9 +5,10 @@ What a step costs: arithmetic and memory as formulas, checked by measurements on
     python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
 
 N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
-output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (in updates p and
-h count a beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics. A product of matrices costs 2 operations per weight and token; adapters and
-attention scores are left out (they are a few percent as long as p + L is small against the model's width x layers).
+output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (in updates p
+and h count a beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics.
+A product of matrices costs 2 operations per weight and token; adapters and attention scores are left out (they are a
+few percent as long as p + L is small against the model's width x layers).
 
     rollout   n T B [2 N (p + L) + 2 H L]          each answer token passes the model once
     actors    n T B passes [4 N (p + L) + 4 H L]   forward, and backward to activations: the weights are frozen
