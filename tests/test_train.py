@@ -240,6 +240,15 @@ def test_monte_carlo_advantages_by_hand(inside, baseline):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_group_plays_one_item_and_is_learned_from_together(inside, script):
+    run = inside(script, "--steps", 1, "--group_size", 2, "--minibatches", 2)
+    episodes = run["episodes"]
+    assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
+    parts = run["minibatches"](episodes)
+    assert sorted([id(e) for e in part] for part in parts) == sorted([list(map(id, episodes[:2])), list(map(id, episodes[2:]))])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_persistent_world_with_a_sparse_reward(inside, workplace, script):
     arguments = ["--steps", 1, "--world", "persistent", "--reward", "sparse", "--num_turns", 3, "--model", "out/tiny-strbuild"]
     run = inside(script, *arguments)
@@ -464,6 +473,9 @@ def test_groups_that_make_no_sense(workplace, data, arguments, said):
     run = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
     assert run.code == 2 and run.err.count("\n") == 1 and not (workplace.folder / "no-group").exists()
     assert [word for word in said if word not in run.err] == []
+    if "--group_size" in arguments and arguments[1] != 1:
+        run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
+        assert run.code == 2 and [word for word in said if word not in run.err] == []
     single = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", "--eval_only", "--group_size", 1,
                            "--baseline", "none", "--num_agents", 1)
     assert single.code == 0 and "eval step 0" in single.out, single.err[-2000:]
