@@ -315,7 +315,7 @@ class Packed:
 
     def __init__(self, names, sequences, device):
         ids, position, blocks, number = [], [], collections.defaultdict(list), {name: k for k, name in enumerate(names)}
-        self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, None)
+        self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
         for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
             name, sequence = names[row], list(sequences[row])
             shared = len(os.path.commonprefix([sequence, last[1]])) if name == last[0] else 0
