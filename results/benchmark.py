@@ -4,9 +4,10 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
  1. Speed. Both train one randomly initialised Llama (width 128, 4 layers, float32) on one made-up task: each of two
     agents reads about 200 tokens and writes exactly 96, sampled from the whole vocabulary but the special tokens.
     Every run is a process of its own, ours and the peer's in turn; what comes before the first update is left out.
-    Ours is the train script itself: 32 episodes a step, rank 16, 2 passes of 2 minibatches or a single pass. The peer
-    trains whole models, one pass of 8 answers an update (its default); over several turns it allows one answer per
-    prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves count as episodes.
+    Ours is the train script itself: 32 episodes a step, rank 16, with its defaults or with the peer's passes, groups
+    and updates. The peer trains whole models, one pass of 8 answers an update (its default); over several turns it
+    allows one answer per prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves
+    count as episodes.
  2. Floor. What our last step asked of the model, asked again of the bare model: prompts at once, tokens one by one
     with a KV cache, forward and backward of every micro-batch; no adapters, no sampling, no bookkeeping.
  3. --to_score 60: seconds of training, evaluations left out, until strbuild's held-out score is 60, from one tiny
@@ -376,7 +377,7 @@ def speed(args, folder):
 
     rows, floors = [], []
     for key, runs in results.items():
-        peers = [rate(other) for other in results if other[:2] == key[:2] and "peer" in other[2]]
+        peers = [rate(other) for other in results if other[:2] == key[:2] and other[2][:4] == "peer"]
         split = [median(size["episodes"] * run[part] / run["episodes"] for run in runs) for part in PARTS]
         rows.append([*key, f"{rate(key):.2f}", f"{rate(key, 'answers') * AGENTS * size['tokens']:.0f}", *(
             f"{part:.2f}" for part in split), f"{median(run['memory'] for run in runs):.2f}",
