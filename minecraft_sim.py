@@ -188,11 +188,10 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     extra = len(world) - covered
     pairs = [(block, world[near]) for (x, y, z), block in world.items()
              for near in [(x + 1, y, z), (x, y + 1, z)] if near in world]
-    same = sum(texture(a) == texture(b) for a, b in pairs)
     missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
     coverage = covered / len(target) if target else 0.0
     extra_ratio = extra / background if background else 0.0
-    adjacent_same_ratio = same / len(pairs) if pairs else 0.0
+    adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / len(pairs) if pairs else 0.0
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
             "iou": covered / (len(target) + extra) if target or extra else 0.0,
             "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
@@ -242,8 +241,8 @@ def random_house(rng):
 
 def block_limits(target, num_agents):
     """How many blocks of each kind one agent may use up: 10 in the target and two agents give 5 + 2 = 7 each."""
-    counts = collections.Counter(target.values())
-    return {block: -(-count // num_agents) + count // (2 * num_agents) for block, count in counts.items()}
+    return {block: -(-count // num_agents) + count // (2 * num_agents)
+            for block, count in collections.Counter(target.values()).items()}
 
 
 def read_house_commands(response, bbox, share, limits=None):
@@ -312,14 +311,12 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
     target = house_target(layers, inventory)
     size = sum(len(row) for rows in layers.values() for row in rows)
-    wrong = sum(world.get(cell) != target.get(cell) for cell in world.keys() | target.keys())
-    union = len(world.keys() | target.keys())
-    danger = sum(spider_attacks)
+    union, danger = world.keys() | target.keys(), sum(spider_attacks)
+    match = (size - sum(world.get(cell) != target.get(cell) for cell in union)) / size
     killed = any(None in commands for commands in accepted)
     unprotected = len(responses) >= 2 and danger > 0 and player_hp > 0 and not killed
     penalty = 0.1 * min(1.0, danger / player_hp) if unprotected else 0.0
-    match = (size - wrong) / size
-    return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / union if union else 0.0,
+    return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / len(union) if union else 0.0,
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
@@ -431,25 +428,22 @@ def main():
     args = parser.parse_args()
     try:
         target_rows = string_target(args.text)
-        svg = open(args.svg, "w", encoding="utf-8") if args.svg else None
+        responses = scripted_builders(target_rows)
+        world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
+        score = strbuild_score(target_rows, responses, PALETTES)
+        if args.svg:
+            with open(args.svg, "w", encoding="utf-8") as file:
+                file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
-
-    responses = scripted_builders(target_rows)
-    world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
-    score = strbuild_score(target_rows, responses, PALETTES)
     for agent, response in enumerate(responses):
-        first, _, _ = response.partition("\n")
-        print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {first}")
+        print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
     print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(wall_plan(target_rows), world) + "\n")
     weights = {"coverage": 2, "extra_ratio": -1.5, "adjacent_same_ratio": -1, "missing_palettes": -0.25}
     for part, weight in weights.items():
         print(f"{weight:+5} x {part:20} {score[part]:.3f}")
     print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
           f"rejected {[len(lines) for lines in rejected]}")
-    if svg:
-        svg.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
-        svg.close()
 
 
 if __name__ == "__main__":

@@ -246,7 +246,10 @@ def join_ranks(device):
 
     Every rank draws the same random numbers and knows all episodes; it plays its share of them, and computes the
     gradients of its share of the micro-batches. So N ranks with N x B episodes do what one rank would do with them.
+    Raises ValueError with one sentence for a device that is not there.
     """
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is one, not {device}.")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
     if device == "cuda":
@@ -266,6 +269,17 @@ def gather(rows):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def micro_batches(rows, tokens, size):
+    """This rank's share of rows, cut into micro-batches of at most `size`, sorted by their token ids tokens(row).
+
+    Rows that begin alike thus share a micro-batch, which computes that beginning once.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = sorted(rows, key=tokens)
+    size = max(1, min(size, -(-len(rows) // ranks)))
+    return [rows[i:i + size] for i in range(0, len(rows), size)][rank::ranks]
 
 
 def sum_gradients(parameters):

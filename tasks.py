@@ -311,6 +311,7 @@ class Task:
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
     max_new_tokens, base_batch, base_steps, pattern = 128, 6, 1400, r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"
     steps, batch_size, lr = 20, 16, 1e-3              # what the train scripts use unless told
+    first, drawn = [], 2000                           # built-in items: these, and so many random ones
     hub_parts = []                                    # real data: [(name, split to train on, split to hold out)]
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
@@ -338,7 +339,7 @@ class Task:
 
     def builtin(self):
         rng = random.Random(0)
-        items = {json.dumps(item): item for item in [self.random_item(rng) for _ in range(2000)]}
+        items = {json.dumps(item): item for item in [*self.first, *(self.random_item(rng) for _ in range(self.drawn))]}
         split = [[item for item in items.values() if self.held_out(item) == held] for held in (False, True)]
         return split[0], split[1][:128]
 
@@ -419,6 +420,7 @@ class StrBuild(Task):
     # places and letters stay apart, so that unseen strings are made of seen tokens
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
+    first, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
 
     def setup(self):
         self.persistent = self.world == "persistent"
@@ -428,12 +430,6 @@ class StrBuild(Task):
             ("strbuild-persistent", 14, 14, 40) if self.persistent else ("strbuild", 6, 300, 160))
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
 
-    def builtin(self):
-        rng = random.Random(0)
-        strings = list(dict.fromkeys(self.random_string(rng) for _ in range(6000)))
-        held_out = ["ICML", "CLIM"] + [s for s in strings if self.held_out(s)][:126]
-        return [{"string": s} for s in strings if not self.held_out(s)], [{"string": s} for s in held_out]
-
     @staticmethod
     def check(record):
         if not isinstance(record.get("string"), str):
@@ -441,16 +437,18 @@ class StrBuild(Task):
         sim.string_target(record["string"])
         return {"string": record["string"].upper()}
 
-    def random_string(self, rng):
+    def random_item(self, rng):
         while True:
             string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(
                 4 if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])))
             if not self.persistent or len(sim.target_cells(sim.string_target(string))) > 3 * self.max_commands:
-                return string
+                return {"string": string}
 
-    @staticmethod
-    def held_out(string):
-        return string in ("ICML", "CLIM") or len(string) > 1 and zlib.crc32(string.encode()) % 10 == 3
+    def key(self, item):
+        return item["string"]
+
+    def held_out(self, item):
+        return item in self.first or len(item["string"]) > 1 and super().held_out(item)
 
     def instructions(self, agent):
         blocks = " or ".join(self.palettes[agent])
@@ -515,7 +513,8 @@ class StrBuild(Task):
 
     def demonstration(self, rng):
         """Messages of a conversation of two answers; the tiny base learns all but the first of them."""
-        string, palettes = self.shown(rng), rng.choice([sim.PALETTES] * 2 + [[sum(sim.PALETTES, [])]])  # 1 in 3: alone
+        string = self.shown(rng)["string"]
+        palettes = rng.choice([sim.PALETTES] * 2 + [[sum(sim.PALETTES, [])]])  # one in three: alone
         agent, mode = rng.randrange(len(palettes)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
         turn = rng.randint(1, 3) if self.persistent else 1
         answers = [self.answer(string, palettes, agent, rng, k) for k in range(turn + 1)]
@@ -536,16 +535,10 @@ class StrBuild(Task):
         To find the letter of a place in what it was shown is what the base learns slowest, since it needs it once in
         some thirty tokens: without this it still guesses letters when it has long known their shapes.
         """
-        string = self.shown(rng)
+        string = self.shown(rng)["string"]
         spell = [{"role": "user", "content": f"Spell{self.spelled(string)}."},
                  {"role": "assistant", "content": "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))}]
         return spell + [{"role": "user", "content": "Again."}, spell[1]]
-
-    def shown(self, rng):
-        """A string that is not held out."""
-        while self.held_out(string := self.random_string(rng)):
-            pass
-        return string
 
     def expert(self, item, agent, rng):
         return self.answer(item["string"], self.palettes, agent, rng)

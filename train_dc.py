@@ -32,7 +32,8 @@ import torch
 from tqdm import tqdm
 
 from critic import Critic, explained, td_targets
-from model import check_model, gather, generate, join_ranks, load_models, memory_gb, sum_gradients
+from model import (check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches,
+                   sum_gradients)
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
 
@@ -94,8 +95,6 @@ def fail(sentence):
 args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
     rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
@@ -218,13 +217,6 @@ def rollout(items, generator):
                                            for c, critic in enumerate(critics)]))
     return gather(episodes)
 
-
-def micro_batches(rows, tokens):
-    """This rank's share of rows, cut into micro-batches; rows that begin alike share one, which computes that once."""
-    rows = sorted(rows, key=tokens)
-    size = min(args.micro_batch, -(-len(rows) // args.ranks))
-    return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]
-
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 
@@ -237,7 +229,7 @@ def set_advantages(episodes):
         if progress["step"] == 0:
             critic.set_scale(returns)
         said = []
-        for batch in micro_batches(range(len(turns)), lambda n: turns[n][1].critic_inputs[c]):
+        for batch in micro_batches(range(len(turns)), lambda n: turns[n][1].critic_inputs[c], args.micro_batch):
             with torch.no_grad():
                 values = critic([turns[n][1].critic_inputs[c] for n in batch], [turns[n][0] for n in batch])
             said += zip(batch, values.tolist())
@@ -272,7 +264,7 @@ def update_critics(episodes):
     for c, critic in list(enumerate(critics)) * args.passes:
         for part in minibatches(episodes):
             rows = [(t, turn) for e in part for t, turn in enumerate(e.turns)]
-            for batch in micro_batches(rows, lambda row: row[1].critic_inputs[c]):
+            for batch in micro_batches(rows, lambda row: row[1].critic_inputs[c], args.micro_batch):
                 turns = [t for t, _ in batch]
                 values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
                 targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
@@ -294,7 +286,8 @@ def update_actors(episodes):
     for _ in range(args.passes):
         for part in minibatches(episodes):
             rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
-            for i, batch in [(i, batch) for i in agents for batch in micro_batches(rows, lambda turn: turn.prompts[i])]:
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
+                    rows, lambda turn: turn.prompts[i], args.micro_batch)]:
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all

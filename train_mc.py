@@ -33,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 from critic import baselines, explained, td_targets
-from model import check_model, gather, generate, join_ranks, load_models, memory_gb, sum_gradients
+from model import (check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches,
+                   sum_gradients)
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
 
@@ -93,8 +94,6 @@ def fail(sentence):
 args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is one, not {args.device}.")
     rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
@@ -209,13 +208,6 @@ def rollout(items, generator):
             episodes[k].turns.append(Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n]))
     return gather(episodes)
 
-
-def micro_batches(rows, tokens):
-    """This rank's share of rows, cut into micro-batches; rows that begin alike share one, which computes that once."""
-    rows = sorted(rows, key=tokens)
-    size = min(args.micro_batch, -(-len(rows) // args.ranks))
-    return [rows[i:i + size] for i in range(0, len(rows), max(1, size))][rank::args.ranks]
-
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 
@@ -253,7 +245,8 @@ def update_actors(episodes):
     for _ in range(args.passes):
         for part in minibatches(episodes):
             rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
-            for i, batch in [(i, batch) for i in agents for batch in micro_batches(rows, lambda turn: turn.prompts[i])]:
+            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
+                    rows, lambda turn: turn.prompts[i], args.micro_batch)]:
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all

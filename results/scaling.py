@@ -107,7 +107,7 @@ def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro
     return part
 
 
-def operations(episodes, shape_weights, passes, checkpointing=False):
+def operations(episodes, shape_weights, passes):
     """Operations of one step on these episodes, by part: the formulas above with the real lengths of every row."""
     N, H = shape_weights
     rows = [(p, a) for e in episodes for turn in e.turns for p, a in zip(turn.prompts, turn.tokens)]
@@ -115,9 +115,8 @@ def operations(episodes, shape_weights, passes, checkpointing=False):
     learned = sum(distinct([p + a for p, a in zip(prompts, answers)]) for e in episodes for prompts, answers in zip(
         zip(*(turn.prompts for turn in e.turns)), zip(*(turn.tokens for turn in e.turns))))  # per episode and agent
     read = sum(distinct(inputs) for e in episodes for inputs in zip(*(turn.critic_inputs for turn in e.turns)))
-    work = 6 if checkpointing else 4
     return {"rollout": 2 * N * sum(len(p) + len(a) for p, a in rows) + 2 * H * new,
-            "update": passes * (work * N * (learned + read) + 4 * H * new) + 2 * N * read}
+            "update": passes * (4 * N * (learned + read) + 4 * H * new) + 2 * N * read}
 
 
 def distinct(sequences):
