@@ -321,14 +321,16 @@ class Packed:
     names: whose adapter reads each; sequences of one adapter must stand together, and only those share anything.
     [[1, 2, 3], [1, 2, 4]] become ids [1, 2, 3, 4] at positions [0, 1, 2, 2], and the paths [0, 1, 2] and [0, 1, 3] say
     where the tokens of each are. Turns of an episode share the first observation, answers of a group their prompt.
+    first: from where on the hidden states of each are read; with [2, 1] those of the tokens wanted = [2, 1, 3].
 
-    Attention goes block by block: some queries of one sequence, and the keys on the path that leads to them.
+    Attention goes block by block: some queries of one sequence, and the keys on the path that leads to them. The last
+    layer's leaves out the queries that nobody reads.
     """
     BLOCK = 128  # queries at most; blocks with equally many blocks before them are one call of the attention kernel
     now = None  # the row under way, until the next one: checkpointing computes its forward again
 
-    def __init__(self, names, sequences, device):
-        ids, position, blocks, number = [], [], collections.defaultdict(list), {name: k for k, name in enumerate(names)}
+    def __init__(self, names, sequences, first, device):
+        ids, position, blocks, number = [], [], [], {name: k for k, name in enumerate(names)}
         self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
         for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
             name, sequence = names[row], list(sequences[row])
@@ -336,45 +338,54 @@ class Packed:
             new, last = len(sequence) - shared, (name, sequence)
             self.paths[row] = path = path[:shared] + list(range(len(ids), len(ids) + new))
             self.groups[name] += new
-            ids, position = ids + sequence[shared:], position + list(range(shared, len(sequence)))
+            ids += sequence[shared:]
+            position += range(shared, len(sequence))
             for start in range(shared, len(sequence), self.BLOCK):
                 end = min(start + self.BLOCK, len(sequence))
-                blocks[-(-end // self.BLOCK)].append((path[start:end], list(range(start, end)), path[:end]))
+                blocks.append((path[start:end], list(range(start, end)), path[:end]))
         self.ids, self.position = (torch.tensor([numbers], device=device) for numbers in (ids, position))  # (1, N)
-        self.calls, place, done = [], [0] * len(ids), 0  # place: where the attention's output of each token is
-        for call in blocks.values():
-            queries, at, keys = (torch.tensor(padded(numbers, 0), device=device) for numbers in zip(*call))
-            self.calls.append((queries, at, keys))  # (n, L), (n, L), (n, K): the queries, their positions, the keys
-            for k, (block, *_) in enumerate(call):
-                for j, token in enumerate(block):
-                    place[token] = done + k * queries.shape[1] + j
-            done += queries.numel()
-        self.place, self.masks = torch.tensor(place, device=device), {}
+        wanted = [token for path, start in zip(self.paths, first) for token in path[start:]]
+        self.wanted, read, N = torch.tensor(wanted, device=device), set(wanted), len(ids)
+        self.plans = [self.plan(blocks, N), self.plan(  # of the last layer
+            [(*zip(*kept), keys) for queries, at, keys in blocks
+             if (kept := [pair for pair in zip(queries, at) if pair[0] in read])], N)]
 
-    def mask(self, call, window, dtype):
-        """What the queries of a call may not attend to: later keys, and those that a sliding window has left behind."""
-        if (call, window) not in self.masks:
-            _, at, keys = self.calls[call]
-            behind = at[:, :, None] - torch.arange(keys.shape[1], device=at.device)  # (n, L, K)
-            hidden = (behind < 0) | (behind >= (window or math.inf))
-            self.masks[call, window] = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(
-                hidden, -math.inf)[:, None]
-        return self.masks[call, window]
+    def plan(self, blocks, N):
+        """Calls of the attention kernel, and where in their outputs that of each of N tokens is (0 if it has none)."""
+        alike, calls, done = collections.defaultdict(list), [], 0
+        place = torch.zeros(N + 1, dtype=torch.long, device=self.ids.device)  # and one for what fills up a call
+        for block in blocks:
+            alike[-(-len(block[2]) // self.BLOCK)].append(block)
+        for call in alike.values():
+            queries, at, keys = (torch.tensor(padded(numbers, filler), device=self.ids.device)
+                                 for numbers, filler in zip(zip(*call), (N, 0, 0)))  # (n, L), (n, L), (n, K)
+            place[queries] = torch.arange(done, done + queries.numel(), device=self.ids.device).view_as(queries)
+            done += queries.numel()
+            calls.append((queries.clamp(max=N - 1), at, keys, {}))  # queries, their positions, keys; masks
+        return calls, place[:N]
+
+    @staticmethod
+    def mask(at, keys, window, dtype):
+        """What queries may not attend to: keys later than their positions `at`, and those that a window left behind."""
+        behind = at[:, :, None] - torch.arange(keys.shape[1], device=at.device)  # (n, L, K)
+        hidden = (behind < 0) | (behind >= (window or math.inf))
+        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -math.inf)[:, None]
 
     @staticmethod
     def attention(module, query, key, value, attention_mask, sliding_window=None, **options):
         """Attention for transformers: as it is, by torch's kernel, or of the row under way (mask: Packed.SIGN)."""
         if attention_mask is not Packed.SIGN:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        row, outputs = Packed.now, []
+        (calls, place), outputs = Packed.now.plans[module is Packed.now.last], []
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-        for call, (queries, _, keys) in enumerate(row.calls):
+        for queries, at, keys, masks in calls:
             q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
                        for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, L or K, D)
-            mask = row.mask(call, sliding_window, q.dtype)
-            out, _ = sdpa_attention_forward(module, q, k, v, mask, **options | {"is_causal": False})  # (n, L, heads, D)
-            outputs.append(out.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, row.place)[None], None  # (1, N, heads, D)
+            if sliding_window not in masks:
+                masks[sliding_window] = Packed.mask(at, keys, sliding_window, q.dtype)
+            out, _ = sdpa_attention_forward(module, q, k, v, masks[sliding_window], **options | {"is_causal": False})
+            outputs.append(out.flatten(0, 1))  # (n x L, heads, D)
+        return torch.cat(outputs).index_select(0, place)[None], None  # (1, N, heads, D)
 
 
 Packed.SIGN = torch.zeros(1, 1, 1, 1)
@@ -452,6 +463,8 @@ class LanguageModel:
             self.causal_lm.set_attn_implementation("packed")
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
+        # the last layer works only where its output is read
+        self.last_attention = next((m for m in last.children() if getattr(m, "layer_idx", None) is not None), None)
         mlp = getattr(last, "mlp", None)
         if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1 and not any(
                 "expert" in key or "router" in key for key, _ in mlp.named_parameters()):
@@ -621,14 +634,14 @@ class LanguageModel:
         if self.packs:
             logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
             for k in range(0, len(prompts), 16):
-                row, part = self.pack(names[k:k + 16], prompts[k:k + 16]), Cache(layer_class_to_replicate=RoomyLayer)
-                ends = torch.tensor([path[-1] for path in row.paths], device=self.device)
+                some, part = prompts[k:k + 16], Cache(layer_class_to_replicate=RoomyLayer)
+                row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some])
                 logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
-                                             past_key_values=part, logits_to_keep=ends).logits[0])
+                                             past_key_values=part, logits_to_keep=row.wanted).logits[0])
                 where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)
                 states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
                                for layer in part.layers])
-            logits = torch.cat(logits)
+            logits, self.wanted = torch.cat(logits), None
             for layer, parts in enumerate(zip(*states)):
                 cache.update(*map(torch.cat, zip(*parts)), layer)
         else:
@@ -639,11 +652,11 @@ class LanguageModel:
                                     logits_to_keep=1).logits[:, -1]
         return logits, mask.sum(1, keepdim=True) - 1
 
-    def pack(self, names, sequences):
+    def pack(self, names, sequences, first):
         """Make these sequences the row under way."""
-        Packed.now = Packed(names, sequences, self.device)
-        self.groups = list(Packed.now.groups.items())
-        return Packed.now
+        Packed.now = row = Packed(names, sequences, first, self.device)
+        row.last, self.groups, self.wanted = self.last_attention, list(row.groups.items()), row.wanted.unique()
+        return row
 
     def last_mlp(self, x):
         """The last layer's MLP where its output is read, and 0 elsewhere: nothing comes after it but that."""
@@ -658,16 +671,16 @@ class LanguageModel:
         Where beginnings cannot be shared, rows are padded on the right, where causal attention needs no mask.
         """
         if self.packs:
-            row = self.pack(names, sequences)
+            row = self.pack(names, sequences, first)
             inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
-            wanted = [token for path, start in zip(row.paths, first) for token in path[start:]]
+            wanted = row.wanted  # (N,), where several sequences may want the same token
         else:
             self.rows(names)
             inputs = {"input_ids": torch.tensor(padded(sequences, self.pad), device=self.device)}  # (B, T)
             T = inputs["input_ids"].shape[1]
-            wanted = [b * T + t for b, (s, start) in enumerate(zip(sequences, first)) for t in range(start, len(s))]
-        wanted = torch.tensor(wanted, device=self.device)  # (N,), where several sequences may want the same token
-        self.wanted = wanted.unique()
+            wanted = torch.tensor([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
+                                   for t in range(start, len(s))], device=self.device)
+            self.wanted = wanted
         for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
             module.training = torch.is_grad_enabled()
         states = self.backbone(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)

@@ -352,9 +352,12 @@ def test_a_row_samples_the_same_alone_and_in_company(folder):
 
 
 def test_a_shared_beginning_stands_once():
-    row = Packed(["agent_0"] * 2, [[1, 2, 3], [1, 2, 4]], "cpu")
+    row = Packed(["agent_0"] * 2, [[1, 2, 3], [1, 2, 4]], [2, 1], "cpu")
     assert row.ids.tolist() == [[1, 2, 3, 4]] and row.position.tolist() == [[0, 1, 2, 2]] and row.paths == [[0, 1, 2], [0, 1, 3]]
-    row = Packed(["a", "b", "b", "b"], [[7, 8], [7, 8, 9], [7], [7, 8, 9]], "cpu")  # nothing is shared between adapters
+    assert row.wanted.tolist() == [2, 1, 3]
+    # [[1, 2, 3], [4]] are the queries of every layer but the last, which is not asked about token 0
+    assert [[queries.tolist() for queries, *_ in calls] for calls, _ in row.plans] == [[[[0, 1, 2], [3, 3, 3]]], [[[1, 2], [3, 3]]]]
+    row = Packed(["a", "b", "b", "b"], [[7, 8], [7, 8, 9], [7], [7, 8, 9]], [0] * 4, "cpu")  # adapters share nothing
     assert row.ids.tolist() == [[7, 8, 7, 8, 9]] and row.groups == {"a": 2, "b": 3}
     assert row.paths == [[0, 1], [2, 3, 4], [2], [2, 3, 4]]
 
