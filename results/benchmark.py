@@ -42,7 +42,8 @@ PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
 SMALL = {"episodes": 4, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
 # answers: of a prompt, when there is a single turn; update: an agent's answers that ours learns from at once
-SIDES = {"peer": {"answers": 4}, "ours, as the peer": {"answers": 4, "update": 8, "passes": 1},
+AS_PEER = {"answers": 4, "update": 8, "passes": 1}
+SIDES = {"peer": {"answers": 4}, "ours, as the peer": AS_PEER, "ours, as the peer, torchrun": AS_PEER | {"ranks": 2},
          "peer, 16": {"answers": 16}, "ours": {}}
 
 # --- the made-up task and its model -----------------------------------------------------------------------------------
@@ -157,9 +158,10 @@ def ours(job):
     if "update" in job:
         more["minibatches"] = job["episodes"] * job["turns"] // job["update"]
         more["group_size"] = job["answers"] if job["turns"] == 1 or job["algorithm"] == "mc" else 1
-    train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"], num_turns=job["turns"],
-                 max_new_tokens=job["tokens"], steps=job["steps"] + 1, threads=job["threads"], save_every=1000,
-                 device="cpu", out_dir=job["out"], **more)
+    ranks = job.get("ranks", 1)
+    train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"] // ranks,
+                 num_turns=job["turns"], max_new_tokens=job["tokens"], steps=job["steps"] + 1,
+                 threads=job["threads"] // ranks, save_every=1000, device="cpu", out_dir=job["out"], **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
     steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations
@@ -169,7 +171,7 @@ def ours(job):
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
             "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
-            "memory": peak_gb(), "floor": floor(job["model"], steps[-1])}
+            "memory": ranks * peak_gb()} | ({"floor": floor(job["model"], steps[-1])} if ranks == 1 else {})
 
 
 def floor(folder, calls):
@@ -345,7 +347,8 @@ def run_job(function, **job):
                                 "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     with tempfile.TemporaryDirectory() as folder:
         job |= {"out": os.path.join(folder, "run"), "result": os.path.join(folder, "result.json")}
-        run = subprocess.run([sys.executable, __file__, "--job", function, json.dumps(job)], env=environment,
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={job['ranks']}"] if "ranks" in job else []
+        run = subprocess.run([sys.executable, *start, __file__, "--job", function, json.dumps(job)], env=environment,
                              capture_output=True, text=True)
         if run.returncode:
             sys.exit(f"error: {function} failed.\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
@@ -364,7 +367,7 @@ def speed(args, folder):
     build_model(folder, size["width"], size["layers"])
     for _ in range(args.repeat):
         for algorithm, turns, side in itertools.product(args.algorithms, args.turns, SIDES):
-            if side[:4] not in args.only or "16" in side and turns > 1 or "," in side and args.small:
+            if side[:4] not in args.only or "16" in side and turns > 1 or "," in side and args.small and not "ranks" in SIDES[side]:
                 continue
             result = run_job(side[:4], algorithm=algorithm, turns=turns, model=folder, threads=args.threads, **size,
                              **SIDES[side])
@@ -431,8 +434,10 @@ def main():
     args = parser.parse_args()
     if args.job:
         job = json.loads(args.job[1])
-        with open(job["result"], "w") as file:
-            file.write(json.dumps(globals()[args.job[0]](job)))
+        result = json.dumps(globals()[args.job[0]](job))
+        if os.environ.get("RANK", "0") == "0":
+            with open(job["result"], "w") as file:
+                file.write(result)
         return
     if "peer" in args.only and importlib.util.find_spec("comlrl") is None:
         sys.exit("error: the peer is missing: pip install comlrl==1.4.3 (or --only ours)")
