@@ -322,6 +322,8 @@ class Packed:
     [[1, 2, 3], [1, 2, 4]] become ids [1, 2, 3, 4] at positions [0, 1, 2, 2], and the paths [0, 1, 2] and [0, 1, 3] say
     where the tokens of each are. Turns of an episode share the first observation, answers of a group their prompt.
     first: from where on the hidden states of each are read; with [2, 1] those of the tokens wanted = [2, 1, 3].
+    known: for each what its row read before, whose keys and values the cache holds one after another. Paths count
+    those tokens first; ids are only the new ones. What is known to its end reads its last token again.
 
     Attention goes block by block: some queries of one sequence, and the keys on the path that leads to them. The last
     layer's leaves out the queries that nobody reads.
@@ -329,22 +331,28 @@ class Packed:
     BLOCK = 128  # queries at most; blocks with equally many blocks before them are one call of the attention kernel
     now = None  # the row under way, until the next one: checkpointing computes its forward again
 
-    def __init__(self, names, sequences, first, device):
+    def __init__(self, names, sequences, first, device, known=None):
         ids, position, blocks, number = [], [], [], {name: k for k, name in enumerate(names)}
         self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
+        known = known or [[]] * len(names)
+        *starts, past = itertools.accumulate(map(len, known), initial=0)  # past: tokens in the cache
         for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
             name, sequence = names[row], list(sequences[row])
             shared = len(os.path.commonprefix([sequence, last[1]])) if name == last[0] else 0
+            kept = len(os.path.commonprefix([sequence[:-1], list(known[row])]))
+            if kept > shared:
+                shared, path = kept, range(starts[row], starts[row] + kept)
             new, last = len(sequence) - shared, (name, sequence)
-            self.paths[row] = path = path[:shared] + list(range(len(ids), len(ids) + new))
+            start = past + len(ids)
+            self.paths[row] = path = [*path[:shared], *range(start, start + new)]
             self.groups[name] += new
             ids += sequence[shared:]
             position += range(shared, len(sequence))
             for start in range(shared, len(sequence), self.BLOCK):
                 end = min(start + self.BLOCK, len(sequence))
-                blocks.append((path[start:end], list(range(start, end)), path[:end]))
+                blocks.append(([token - past for token in path[start:end]], list(range(start, end)), path[:end]))
         self.ids, self.position = (torch.tensor([numbers], device=device) for numbers in (ids, position))  # (1, N)
-        wanted = [token for path, start in zip(self.paths, first) for token in path[start:]]
+        wanted = [token - past for path, start in zip(self.paths, first) for token in path[start:]]
         self.wanted, read, N = torch.tensor(wanted, device=device), set(wanted), len(ids)
         self.plans = [self.plan(blocks, N), self.plan(  # of the last layer
             [(*zip(*kept), keys) for queries, at, keys in blocks
@@ -377,7 +385,7 @@ class Packed:
         if attention_mask is not Packed.SIGN:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         (calls, place), outputs = Packed.now.plans[module is Packed.now.last], []
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N or past + N, heads, D)
         for queries, at, keys, masks in calls:
             q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
                        for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, L or K, D)
@@ -577,49 +585,64 @@ class LanguageModel:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @torch.inference_mode()
-    def generate(self, names, prompts, luck, temperature=1.0, top_p=1.0):
+    def generate(self, names, prompts, luck, temperature=1.0, top_p=1.0, rows=(), memory=None):
         """Sample one answer per row: (tokens, logps), two lists of B lists of equal lengths.
 
         prompts: B lists of token ids; luck: (B, longest answer) random numbers in [0, 1), one for each token that may
         be sampled, so that a row's answer does not depend on its company. An answer that stopped by itself ends with
         the end token, one that was cut does not. logps are of the softmax at `temperature`, before top_p cuts its tail.
+
+        memory: a dict in which the first prompt of each of `rows` (any names) is kept with its keys and values, and of
+        which a later prompt of the same row, such as the next turn's, uses what it begins with.
         """
         B, P, device = len(prompts), max(map(len, prompts)), self.device
         max_new_tokens, luck = luck.shape[1], luck.to(device)
+        # G answers to one prompt are one row of the batch, G tokens at a time: its keys and values are read once
+        runs = [len(list(run)) for _, run in itertools.groupby(zip(names, prompts))]
+        G = math.gcd(*runs) if self.kernel_mask else 1
+        names, prompts = names[::G], prompts[::G]
         mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts],
-                            dtype=torch.bool, device=device)  # 1 = may be attended to
+                            dtype=torch.bool, device=device)  # (B / G, longest), 1 = may be attended to
+        own = torch.eye(G, device=device).bool().repeat(1, max_new_tokens)  # which tokens are an answer's own
         cache = Cache(layer_class_to_replicate=RoomyLayer)
         tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
         logps = torch.zeros(B, max_new_tokens, device=device)
-        row = torch.arange(B, device=device)  # which answer each row still in the batch belongs to
-        alive = torch.ones(B, dtype=torch.bool, device=device)
+        row = torch.arange(B, device=device).view(-1, G)  # which answers those still in the batch are
+        alive = torch.ones_like(row, dtype=torch.bool)
         self.wanted = None
         self.fold(names)
         for t in range(max_new_tokens):
             if t == 0:
-                logits, position = self.prefill(names, prompts, mask[:, :P], cache)
+                logits, position = self.prefill(names, prompts, mask[:, :P], cache, rows[::G], memory)
+                logits = logits[:, None].expand(-1, G, -1)  # (B / G, G, V)
+                for n, name in enumerate(rows):
+                    memory.setdefault(name, memory[rows[n - n % G]])
             else:
-                attend = mask[:, None, None, :P + t] if self.kernel_mask else mask[:, :P + t]
+                attend = mask[:, :P + t]
+                if self.kernel_mask:
+                    prompt, written = mask[:, None, :P].expand(-1, G, -1), own[:, :G * t].expand(len(row), -1, -1)
+                    attend = torch.cat([prompt, written], 2)[:, None]  # (B / G, 1, G, P + G t)
                 self.rows(names)
-                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position,
-                                        past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (rows, V)
+                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
+                                        past_key_values=cache, logits_to_keep=G).logits
             logp = (logits.float() / temperature).log_softmax(-1)
             kept = logp.exp()
             if top_p < 1:
                 ordered, order = kept.sort(-1, descending=True)
                 ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
-                kept = torch.zeros_like(kept).scatter_(1, order, ordered)
-            edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number a row, not V
-            token = torch.searchsorted(edges, luck[row, t, None] * edges[:, -1:], right=True)  # (rows, 1)
-            token = token.clamp(max=logp.shape[1] - 1)
-            tokens[row[alive], t] = token[alive, 0]
-            logps[row[alive], t] = logp.gather(1, token)[alive, 0]
-            alive &= token[:, 0] != self.end
-            if not alive.any():
+                kept = torch.zeros_like(kept).scatter_(-1, order, ordered)
+            edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number an answer, not V
+            token = torch.searchsorted(edges, luck[row, t, None] * edges[..., -1:], right=True)  # (B / G, G, 1)
+            token = token.clamp(max=logp.shape[-1] - 1)
+            ids, position = token[..., 0], position + 1
+            tokens[row[alive], t] = ids[alive]
+            logps[row[alive], t] = logp.gather(-1, token)[..., 0][alive]
+            alive &= ids != self.end
+            busy = alive.any(1)
+            if not busy.any():
                 break
-            ids, position = token, position + 1
-            if alive.float().mean() < 0.9:  # drop finished rows; copying the cache for each single one costs more
-                keep = alive.nonzero()[:, 0]
+            if busy.float().mean() < 0.9:  # drop what is finished; copying the cache for each single one costs more
+                keep = busy.nonzero()[:, 0]
                 row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
                 names = [names[k] for k in keep.tolist()]
                 cache.batch_select_indices(keep)
@@ -628,19 +651,25 @@ class LanguageModel:
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def prefill(self, names, prompts, mask, cache):
+    def prefill(self, names, prompts, mask, cache, rows=(), memory=None):
         """Read the prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends."""
         P = mask.shape[1]
         if self.packs:
             logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
             for k in range(0, len(prompts), 16):
                 some, part = prompts[k:k + 16], Cache(layer_class_to_replicate=RoomyLayer)
-                row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some])
+                known = [memory[row] if row in memory else ([], []) for row in rows[k:k + 16]]
+                for layer, kept in enumerate(zip(*(kept for _, kept in known if kept))):
+                    part.update(*(torch.cat(x, 1)[None] for x in zip(*kept)), layer)
+                row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
                 logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
                                              past_key_values=part, logits_to_keep=row.wanted).logits[0])
                 where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)
                 states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
-                               for layer in part.layers])
+                               for layer in part.layers])  # (rows, heads, P, D)
+                for b, (name, prompt) in enumerate(zip(rows[k:k + 16], some)):
+                    own = [[x[b, :, P - len(prompt):] for x in pair] for pair in states[-1]]  # (heads, tokens, D)
+                    memory.setdefault(name, (prompt, own))
             logits, self.wanted = torch.cat(logits), None
             for layer, parts in enumerate(zip(*states)):
                 cache.update(*map(torch.cat, zip(*parts)), layer)
@@ -652,9 +681,9 @@ class LanguageModel:
                                     logits_to_keep=1).logits[:, -1]
         return logits, mask.sum(1, keepdim=True) - 1
 
-    def pack(self, names, sequences, first):
+    def pack(self, names, sequences, first, known=None):
         """Make these sequences the row under way."""
-        Packed.now = row = Packed(names, sequences, first, self.device)
+        Packed.now = row = Packed(names, sequences, first, self.device, known)
         row.last, self.groups, self.wanted = self.last_attention, list(row.groups.items()), row.wanted.unique()
         return row
 
@@ -723,16 +752,16 @@ class LanguageModel:
                 os.replace(os.path.join(build, name, file), os.path.join(out_dir, name, file))
 
 
-def generate(lms, agents, prompts, luck, temperature=1.0, top_p=1.0):
-    """LanguageModel.generate for rows of agents whose bases may differ, one batch per base: (tokens, logps, texts).
+def generate(lms, rows, prompts, luck, temperature=1.0, top_p=1.0, memory=None):
+    """LanguageModel.generate for agents whose bases may differ, one batch per base: (tokens, logps, texts).
 
-    lms: per agent; agents: whose each row is. Rows of one agent must stand together.
+    lms: per agent; rows: the (episode, agent) of each, those of one agent standing together.
     """
     tokens, logps, texts = [], [], []
-    for lm, group in itertools.groupby(range(len(agents)), lambda row: lms[agents[row]]):
-        rows = list(group)
-        sampled = lm.generate([f"agent_{agents[row]}" for row in rows], [prompts[row] for row in rows], luck[rows],
-                              temperature, top_p)
+    for lm, group in itertools.groupby(range(len(rows)), lambda row: lms[rows[row][1]]):
+        own = list(group)
+        sampled = lm.generate([f"agent_{rows[row][1]}" for row in own], [prompts[row] for row in own], luck[own],
+                              temperature, top_p, [rows[row] for row in own], memory)
         tokens, logps, texts = tokens + sampled[0], logps + sampled[1], texts + lm.decode(sampled[0])
     return tokens, logps, texts
 

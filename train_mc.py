@@ -140,7 +140,7 @@ actor_parameters = [p for i in agents for p in lms[i].add_adapter(f"agent_{i}")]
 
 # --- optimizers and resume --------------------------------------------------------------------------------------------
 
-actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0)
+actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0, fused=True)
 stateful = {"actor_optimizer": actor_optimizer}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "prompt/truncated": 0,
             "critic/truncated": 0}
@@ -190,7 +190,7 @@ def log(line):
 def rollout(items, generator):
     """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
-    episodes = [Episode(item) for item in items[mine]]
+    episodes, memory = [Episode(item) for item in items[mine]], {}  # of what was read, until adapters change
     for t in range(args.num_turns):
         luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
         running = [k for k, e in enumerate(episodes) if not (e.turns and e.turns[-1].outcome.done)]
@@ -199,8 +199,8 @@ def rollout(items, generator):
         histories = {k: [history(task, episodes[k], i) for i in agents] for k in running}
         rows = [(k, i) for i in agents for k in running]  # agent by agent
         prompts = [lms[i].render(histories[k][i], args.max_new_tokens) for k, i in rows]
-        tokens, logps, texts = generate(lms, [i for _, i in rows], prompts, torch.stack([luck[k, i] for k, i in rows]),
-                                        args.temperature, args.top_p)
+        tokens, logps, texts = generate(lms, rows, prompts, torch.stack([luck[k, i] for k, i in rows]),
+                                        args.temperature, args.top_p, memory)
         answers = [texts[n::len(running)] for n in range(len(running))]  # per episode, one of each agent
         outcomes = task.judge_all([episodes[k].item for k in running], answers, t, [episodes[k].world for k in running])
         for n, k in enumerate(running):

@@ -40,11 +40,12 @@ AGENTS, SPECIAL = 2, ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
 TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
-SMALL = {"episodes": 4, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
+SMALL = {"episodes": 8, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
 # answers: of a prompt, when there is a single turn; update: an agent's answers that ours learns from at once
 AS_PEER = {"answers": 4, "update": 8, "passes": 1}
 SIDES = {"peer": {"answers": 4}, "ours, as the peer": AS_PEER, "ours, as the peer, torchrun": AS_PEER | {"ranks": 2},
-         "peer, 16": {"answers": 16}, "ours": {}}
+         "peer, 16": {"answers": 16}, "ours, as the peer, 16, torchrun": AS_PEER | {"answers": 16, "ranks": 2},
+         "ours": {}}
 
 # --- the made-up task and its model -----------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ def ours(job):
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
             "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
-            "memory": ranks * peak_gb()} | ({"floor": floor(job["model"], steps[-1])} if ranks == 1 else {})
+            "memory": ranks * peak_gb()} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
 
 
 def floor(folder, calls):
@@ -365,12 +366,12 @@ def table(*rows):
 def speed(args, folder):
     size, results = SMALL if args.small else NORMAL, {}
     build_model(folder, size["width"], size["layers"])
-    for _ in range(args.repeat):
+    for repeat in range(args.repeat):
         for algorithm, turns, side in itertools.product(args.algorithms, args.turns, SIDES):
-            if side[:4] not in args.only or "16" in side and turns > 1 or "," in side and args.small and not "ranks" in SIDES[side]:
+            if side[:4] not in args.only or "16" in side and (turns > 1 or args.small):
                 continue
             result = run_job(side[:4], algorithm=algorithm, turns=turns, model=folder, threads=args.threads, **size,
-                             **SIDES[side])
+                             floor=repeat == 0 and "ranks" not in SIDES[side], **SIDES[side])
             results.setdefault((algorithm, turns, side), []).append(result)
             print(f"{algorithm}, {turns} turns, {side}: {result['episodes'] / result['seconds']:.2f} episodes/s",
                   file=sys.stderr)
@@ -380,17 +381,17 @@ def speed(args, folder):
 
     rows, floors = [], []
     for key, runs in results.items():
-        peers = [rate(other) for other in results if other[:2] == key[:2] and other[2][:4] == "peer"]
+        like = (*key[:2], "peer, 16" if "16" in key[2] else "peer")
         split = [median(size["episodes"] * run[part] / run["episodes"] for run in runs) for part in PARTS]
         rows.append([*key, f"{rate(key):.2f}", f"{rate(key, 'answers') * AGENTS * size['tokens']:.0f}", *(
             f"{part:.2f}" for part in split), f"{median(run['memory'] for run in runs):.2f}",
-            f"{rate(key) / max(peers):.2f}" if peers and "ours" in key[2] else ""])
+            f"{rate(key) / rate(like):.2f}" if like in results and "as" in key[2] else ""])
         if "floor" in runs[0]:
-            bare = {part: median(run["floor"].get(part, 0.0) for run in runs)
+            bare = {part: runs[0]["floor"].get(part, 0.0)
                     for part in (*PARTS, *(f"frozen {part}" for part in PARTS))}
             floors.append([*key, *(f"{mine:.2f} / {bare[part]:.2f}" for part, mine in zip(PARTS, split)), *(
                 f"{sum(split) / sum(bare[prefix + part] for part in PARTS):.2f}" for prefix in ("", "frozen "))])
-    print(f"Seconds for {size['episodes']} episodes; last column: ours / the faster peer, in episodes.\n")
+    print(f"Seconds for {size['episodes']} episodes; last column: ours / the peer, in episodes.\n")
     table(["", "turns", "code", "episodes/s", "tokens/s", *(f"{part} s" for part in PARTS), "GB", "times"], *rows)
     if floors:
         print("Seconds of a step: ours / bare model; factors: in all, and with the bare model's weights frozen.\n")

@@ -357,6 +357,8 @@ def test_a_shared_beginning_stands_once():
     assert row.wanted.tolist() == [2, 1, 3]
     # [[1, 2, 3], [4]] are the queries of every layer but the last, which is not asked about token 0
     assert [[queries.tolist() for queries, *_ in calls] for calls, _ in row.plans] == [[[[0, 1, 2], [3, 3, 3]]], [[[1, 2], [3, 3]]]]
+    row = Packed(["a"] * 2, [[1, 2, 3], [1, 2]], [2, 1], "cpu", [[1, 2, 9], [1, 2]])  # five tokens are in the cache
+    assert row.ids.tolist() == [[2, 3]] and row.paths == [[3, 5, 6], [3, 5]] and row.wanted.tolist() == [1, 0]
     row = Packed(["a", "b", "b", "b"], [[7, 8], [7, 8, 9], [7], [7, 8, 9]], [0] * 4, "cpu")  # adapters share nothing
     assert row.ids.tolist() == [[7, 8, 7, 8, 9]] and row.groups == {"a": 2, "b": 3}
     assert row.paths == [[0, 1], [2, 3, 4], [2], [2, 3, 4]]
@@ -392,6 +394,26 @@ def test_packed_rows_have_the_values_and_gradients_of_rows_read_alone(name, toke
         assert grads.keys() == other.keys() and all(torch.allclose(grads[key], other[key], atol=1e-3, rtol=1e-3) for key in grads)
 
 
+@pytest.mark.parametrize("name", ["neox", "gemma3", "mistral"])
+def test_what_was_read_at_the_first_turn_is_not_read_again(name, tokenizers, tmp_path, monkeypatch):
+    """Rows that drop out, agents, a prompt that is read in full already, one cut to its beginning, one that is new."""
+    monkeypatch.setattr(Packed, "BLOCK", 16)
+    lm, reads = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"]), []
+    one, two, other = [random.Random(seed).choices(range(5, 200), k=50) for seed in (1, 2, 3)]
+    rows, memory = [(k, i) for i in (0, 1) for k in range(10)], {}
+    lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], luck(20, 3), rows=rows, memory=memory)
+    rows = [row for row in rows if row not in [(1, 0), (2, 1)]]
+    later = {0: one + two, 2: one + [7], 3: two[:30] + other, 4: one, 5: two[:20], 6: other, 7: two + one, 8: one + two, 9: two}
+    names, prompts, dice = [f"agent_{i}" for _, i in rows], [later.get(k, two + [8]) for k, _ in rows], luck(18, 3)
+    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].numel()))
+    tokens, logps = lm.generate(names, prompts, dice, rows=rows, memory=memory)
+    hook.remove()
+    again = lm.generate(names, prompts, dice)
+    assert tokens == again[0] and torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(again[1], [])), atol=1e-4)
+    # agent 0's rows 0 and 2 to 9, agent 1's 0, 1 and 3 to 7, then its 8 and 9
+    assert reads[:2] == [(50 + 1 + 50 + 1 + 1 + 50 + 50 + 0 + 1) + (50 + 1 + 50 + 1 + 1 + 50 + 50), 50 + 1]
+
+
 def test_a_prompt_that_a_group_shares_is_read_once(folder):
     """Each copy goes its own way from there, and its log-probabilities are those of its own row."""
     lm, reads = team(folder), []
@@ -405,6 +427,25 @@ def test_a_prompt_that_a_group_shares_is_read_once(folder):
     assert reads[:2] == [distinct(one, two) + distinct(one, other), 10]
     again, _ = lm.logprobs(names, prompts, tokens)
     assert torch.allclose(torch.tensor(sum(logps, [])), again, atol=1e-4) and len(set(map(tuple, tokens))) > 4
+
+
+def test_answers_of_a_group_are_those_that_each_row_gives_alone(folder):
+    """Four answers to each prompt end at different lengths; in another order they share no row of the batch."""
+    lm = team(folder)
+    likely_to_end(lm)
+    prompts, dice, memory = prompts_of(lm, 6), luck(24, 16, 3), {}
+    names, prompts = ["agent_0"] * 12 + ["agent_1"] * 12, [prompts[k // 4] for k in range(24)]
+    shapes = []
+    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    tokens, logps = lm.generate(names, prompts, dice, rows=list(range(24)), memory=memory)
+    hook.remove()
+    assert shapes[1] == (6, 4) and len({len(answer) for answer in tokens}) > 2
+    assert [memory[k][0] for k in range(24)] == prompts
+    order = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    order += [12 + k for k in order]
+    other, others = lm.generate(names, [prompts[k] for k in order], dice[order])
+    assert other == [tokens[k] for k in order]
+    assert torch.allclose(torch.tensor(sum(others, [])), torch.tensor(sum([logps[k] for k in order], [])), atol=1e-4)
 
 
 # --- the critic -------------------------------------------------------------------------------------------------------
