@@ -615,7 +615,7 @@ class LanguageModel:
             if t == 0:
                 logits, position = self.prefill(names, prompts, mask[:, :P], cache, rows[::G], memory)
                 logits = logits[:, None].expand(-1, G, -1)  # (B / G, G, V)
-                for n, name in enumerate(rows):
+                for n, name in enumerate(rows if self.packs else []):
                     memory.setdefault(name, memory[rows[n - n % G]])
             else:
                 attend = mask[:, :P + t]

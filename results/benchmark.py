@@ -162,7 +162,7 @@ def ours(job):
     ranks = job.get("ranks", 1)
     train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"] // ranks,
                  num_turns=job["turns"], max_new_tokens=job["tokens"], steps=job["steps"] + 1,
-                 threads=job["threads"] // ranks, save_every=1000, device="cpu", out_dir=job["out"], **more)
+                 threads=max(1, job["threads"] // ranks), save_every=1000, device="cpu", out_dir=job["out"], **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
     steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations

@@ -5,8 +5,8 @@ What a step costs: arithmetic and memory as formulas, checked by measurements on
     python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
 
 N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
-output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (in updates p
-and h count a beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics.
+output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (p and h count a
+beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics.
 A product of matrices costs 2 operations per weight and token; adapters and attention scores are left out (they are a
 few percent as long as p + L is small against the model's width x layers).
 
@@ -18,7 +18,8 @@ few percent as long as p + L is small against the model's width x layers).
 
 Memory of one GPU: the frozen base (2 bytes a weight in bf16), n + K adapters with AdamW (16 bytes a weight in fp32: weight,
 gradient, two moments), and the larger one of
-    rollout   the KV cache: n B (p + L) x layers x 2 x KV heads x head width x 2 bytes
+    rollout   the KV cache: n B (p + L) x layers x 2 x KV heads x head width x 2 bytes, and as much per token of the
+              first turn's prompts, which are kept for the later turns
     update    micro_batch rows: (p + L) x what a layer keeps for the backward pass x layers, or with checkpointing
               (p + L) x (layers x 2 C bytes + what one layer keeps); and 18 V bytes per answer token for the logits.
 What a layer keeps is not guessed: a real layer of that width is built and what autograd saves is counted.
@@ -95,7 +96,7 @@ def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro
     width, layers, _, kv_heads, head, _, words, _ = shape
     layer, T = kept_by_a_layer(shape), prompt + answer
     static = {"base": 2 * total, "adapters": 16 * adapter * (agents + critics)}
-    cache = agents * episodes * T * layers * 2 * kv_heads * head * 2 + 16 * agents * episodes * words
+    cache = agents * episodes * (T + prompt - answer) * layers * 2 * kv_heads * head * 2 + 16 * agents * episodes * words
     logits = 18 * micro_batch * answer * words
     plain = micro_batch * T * layer * layers + logits
     checkpointed = micro_batch * T * (layers * 2 * width + layer) + logits
@@ -110,12 +111,12 @@ def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro
 def operations(episodes, shape_weights, passes):
     """Operations of one step on these episodes, by part: the formulas above with the real lengths of every row."""
     N, H = shape_weights
-    rows = [(p, a) for e in episodes for turn in e.turns for p, a in zip(turn.prompts, turn.tokens)]
-    new = sum(len(a) for _, a in rows)
+    new = sum(len(a) for e in episodes for turn in e.turns for a in turn.tokens)
+    prompts = sum(distinct(own) for e in episodes for own in zip(*(turn.prompts for turn in e.turns)))
     learned = sum(distinct([p + a for p, a in zip(prompts, answers)]) for e in episodes for prompts, answers in zip(
         zip(*(turn.prompts for turn in e.turns)), zip(*(turn.tokens for turn in e.turns))))  # per episode and agent
     read = sum(distinct(inputs) for e in episodes for inputs in zip(*(turn.critic_inputs for turn in e.turns)))
-    return {"rollout": 2 * N * sum(len(p) + len(a) for p, a in rows) + 2 * H * new,
+    return {"rollout": 2 * N * (prompts + new) + 2 * H * new,
             "update": passes * (4 * N * (learned + read) + 4 * H * new) + 2 * N * read}
 
 
