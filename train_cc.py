@@ -197,7 +197,7 @@ def log(line):
 def rollout(items, generator):
     """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
-    episodes, memory = [Episode(item) for item in items[mine]], {}  # of what was read, until adapters change
+    episodes, memory = [Episode(item) for item in items[mine]], {}  # memory: keys and values of first prompts
     for t in range(args.num_turns):
         luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
         running = [k for k, e in enumerate(episodes) if not (e.turns and e.turns[-1].outcome.done)]
