@@ -282,8 +282,12 @@ def micro_batches(rows, tokens, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)][rank::ranks]
 
 
-def sum_gradients(parameters):
-    """Add up the gradients of all ranks, each of which has divided its loss by the number of rows of all of them."""
+def optimizer_step(optimizer, parameters):
+    """One step along the sum of all ranks' gradients, clipped to norm 1; returns the norm that it had.
+
+    Each rank has divided its loss by the number of rows of all of them. Raises FloatingPointError with one sentence,
+    before anything has changed, when the gradient is not a number.
+    """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -292,6 +296,13 @@ def sum_gradients(parameters):
         dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if not norm < math.inf:
+        raise FloatingPointError("a gradient is not a number; the last save is intact. Lower the learning rates and "
+                                 "start again.")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 # --- the base and its adapters ----------------------------------------------------------------------------------------
@@ -613,10 +624,9 @@ class LanguageModel:
         self.fold(names)
         for t in range(max_new_tokens):
             if t == 0:
-                logits, position = self.prefill(names, prompts, mask[:, :P], cache, rows[::G], memory)
+                logits, position = self.prefill(names, prompts, mask[:, :P], cache,
+                                                [rows[k:k + G] for k in range(0, len(rows), G)], memory)
                 logits = logits[:, None].expand(-1, G, -1)  # (B / G, G, V)
-                for n, name in enumerate(rows if self.packs else []):
-                    memory.setdefault(name, memory[rows[n - n % G]])
             else:
                 attend = mask[:, :P + t]
                 if self.kernel_mask:
@@ -652,13 +662,16 @@ class LanguageModel:
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
     def prefill(self, names, prompts, mask, cache, rows=(), memory=None):
-        """Read the prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends."""
+        """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
+
+        rows: for each the names under which memory keeps it.
+        """
         P = mask.shape[1]
         if self.packs:
             logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
             for k in range(0, len(prompts), 16):
                 some, part = prompts[k:k + 16], Cache(layer_class_to_replicate=RoomyLayer)
-                known = [memory[row] if row in memory else ([], []) for row in rows[k:k + 16]]
+                known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
                 for layer, kept in enumerate(zip(*(kept for _, kept in known if kept))):
                     part.update(*(torch.cat(x, 1)[None] for x in zip(*kept)), layer)
                 row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
@@ -667,9 +680,10 @@ class LanguageModel:
                 where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)
                 states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
                                for layer in part.layers])  # (rows, heads, P, D)
-                for b, (name, prompt) in enumerate(zip(rows[k:k + 16], some)):
+                for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some)):
                     own = [[x[b, :, P - len(prompt):] for x in pair] for pair in states[-1]]  # (heads, tokens, D)
-                    memory.setdefault(name, (prompt, own))
+                    for name in same:
+                        memory.setdefault(name, (prompt, own))
             logits, self.wanted = torch.cat(logits), None
             for layer, parts in enumerate(zip(*states)):
                 cache.update(*map(torch.cat, zip(*parts)), layer)

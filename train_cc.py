@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from critic import Critic, explained, td_targets
 from model import (check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches,
-                   sum_gradients)
+                   optimizer_step)
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
 
@@ -271,11 +271,7 @@ def update_critics(episodes):
                 loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
                 loss.backward()
                 total += loss.item()
-            sum_gradients(critic.weights)
-            if not torch.nn.utils.clip_grad_norm_(critic.weights, 1.0) < float("inf"):
-                fail("a critic's gradient is not a number; the last save is intact. Lower --critic_lr and start again.")
-            critic_optimizer.step()
-            critic_optimizer.zero_grad()
+            optimizer_step(critic_optimizer, critic.weights)
             updates += 1
     return {"loss/value": sum(gather([total])) / updates}
 
@@ -300,12 +296,7 @@ def update_actors(episodes):
                 loss.backward()
                 total += loss.item()
                 entropies.append((entropy.sum().item(), len(entropy)))
-            sum_gradients(actor_parameters)
-            norms.append(torch.nn.utils.clip_grad_norm_(actor_parameters, 1.0).item())
-            actor_optimizer.step()
-            actor_optimizer.zero_grad()
-    if not all(norm < float("inf") for norm in norms):
-        fail("the gradient is not a number; the last save is intact. Lower --lr and start again.")
+            norms.append(optimizer_step(actor_optimizer, actor_parameters))
     entropy, tokens = map(sum, zip(*gather(entropies)))
     return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / tokens,
             "policy/grad_norm": mean(norms)}
@@ -349,7 +340,11 @@ for step in bar:
     items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // args.group_size)]
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
-    stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
+    try:
+        stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
+    except FloatingPointError as error:
+        bar.close()
+        fail(error)
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1

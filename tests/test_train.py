@@ -394,6 +394,14 @@ def test_eval_only_with_fewer_turns(workplace, data, four_steps):
     assert "turns 1.00" in run.out
 
 
+@pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_cc.py", "--critic_lr"), ("train_mc.py", "--lr")])
+def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(train, script, flag):
+    out = train("nan" + script + flag, flag, 1e9, "--steps", 3, "--save_every", 1, "--passes", 1, "--minibatches", 1,
+                script=script, code=2)
+    state = torch.load(out / "train_state.pt", weights_only=False)
+    assert state["progress"]["step"] == 1 and all(weights.isfinite().all() for weights in state["adapters"].values())
+
+
 def test_overwrite_starts_afresh(train, four_steps, workplace):
     folder = workplace.folder / "over"
     shutil.copytree(four_steps, folder)
