@@ -739,10 +739,10 @@ class LanguageModel:
         hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)], [len(p) - 1 for p in prompts])
         sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
         logits = self.causal_lm.get_output_embeddings()(hidden).float()  # (N, V)
-        logits = logits * self.logit_scale
         if self.softcap:
-            logits = self.softcap * (logits / self.softcap).tanh()
-        logp = (logits / temperature).log_softmax(-1)
+            logits = self.softcap * (logits * (self.logit_scale / self.softcap)).tanh()
+        factor = (1.0 if self.softcap else self.logit_scale) / temperature
+        logp = (logits if factor == 1 else logits * factor).log_softmax(-1)  # no pass over N x V numbers for nothing
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, sampled[:, None])[:, 0], entropy
 

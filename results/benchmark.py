@@ -5,13 +5,14 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
     agents reads about 200 tokens and writes exactly 96, sampled from the whole vocabulary but the special tokens.
     Every run is a process of its own, ours and the peer's in turn; what comes before the first update is left out.
     Ours is the train script itself: 32 episodes a step, rank 16, with its defaults or with the peer's passes, groups
-    and updates, in one process or (torchrun) in two that share the threads. The peer trains whole models, one pass of 8 answers an update (its default); over several turns it
-    allows one answer per prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves
-    count as episodes.
+    and updates, in one process or (torchrun) in two that share the threads. The peer trains whole models, one pass of
+    8 answers an update (its default); over several turns it allows one answer per prompt (cc, dc) or a tree (mc: 2
+    branches a node, as in its Minecraft runs), whose leaves count as episodes.
  2. Floor. What our last step asked of the model, asked again of the bare model: prompts at once, tokens one by one
     with a KV cache, forward and backward of every micro-batch; no adapters, no sampling, no bookkeeping.
  3. --to_score 60: seconds of training, evaluations left out, until strbuild's held-out score is 60, from one tiny
-    base. The peer updates once per 16 episodes, as ours does, unless --peer_buffer says otherwise.
+    base. Ours with its defaults or --our_settings; the peer updates once per 16 episodes, as ours does, unless
+    --peer_buffer says otherwise.
 
     pip install comlrl==1.4.3                          # the peer; nothing else in this repository needs it
     python results/benchmark.py                        # 1 and 2
@@ -284,7 +285,7 @@ def peer(job):
 
 
 def ours_to_score(job):
-    """train_cc.py with its defaults; its wall_s counts training only."""
+    """train_cc.py with its defaults or job["settings"]; its wall_s counts training only."""
     import tasks
     summary, reached = tasks.summary, []
 
@@ -298,7 +299,7 @@ def ours_to_score(job):
     tasks.summary = watched
     try:
         train_script("cc", model=job["model"], seed=job["seed"], threads=job["threads"], device="cpu", eval_every=1,
-                     out_dir=job["out"])
+                     out_dir=job["out"], **job["settings"])
     except SystemExit:
         pass
     with open(os.path.join(job["out"], "log.jsonl")) as file:
@@ -313,6 +314,7 @@ def peer_to_score(job):
     torch.manual_seed(job["seed"])
     random.seed(job["seed"])
     task, rng, seconds, evals = get_task("strbuild"), random.Random(job["seed"]), {"training": 0.0}, []
+    items = job["buffer"] // task.num_turns  # one update between evaluations, as ours
     prompts, tokenizer, trainer = peer_trainer(
         task, job["model"], "cc", seconds, job["lr"], num_generations=1, max_new_tokens=task.max_new_tokens,
         early_termination_threshold=-0.1, rollout_buffer_size=job["buffer"])
@@ -334,10 +336,10 @@ def peer_to_score(job):
     while True:
         with torch.random.fork_rng():  # the same draws in every evaluation, as ours
             torch.manual_seed(1234)
-            evals.append((seconds["training"], len(evals) * task.batch_size, held_out()))
+            evals.append((seconds["training"], len(evals) * items, held_out()))
         if evals[-1][2] >= job["score"] or evals[-1][0] >= job["cap"]:
             return evals
-        timed(seconds, "training", train)(trainer, rng.choices(range(len(task.train_items)), k=task.batch_size))
+        timed(seconds, "training", train)(trainer, rng.choices(range(len(task.train_items)), k=items))
 
 # --- runs and tables --------------------------------------------------------------------------------------------------
 
@@ -404,7 +406,9 @@ def to_score(args):
     shared = {"model": model_folders("tiny", get_task("strbuild"))[0], "threads": args.threads, "seed": args.seed,
               "score": args.to_score, "cap": args.cap_s}
     runs = {f"peer, rate {lr}": ("peer_to_score", {"lr": float(lr), "buffer": args.peer_buffer})
-            for lr in args.peer_lr.split(",")} | {"ours": ("ours_to_score", {})}
+            for lr in args.peer_lr.split(",")} | {
+                f"ours {args.our_settings}".strip(): ("ours_to_score", {"settings": dict(
+                    setting.split("=") for setting in args.our_settings.split())})}
     rows = []
     for name, (function, more) in runs.items():
         if name[:4] in args.only:
@@ -430,6 +434,7 @@ def main():
     parser.add_argument("--cap_s", type=float, default=1200, help="longest training in seconds (default 1200)")
     parser.add_argument("--peer_lr", default="1e-4,3e-4,1e-3", help="learning rates that the peer tries")
     parser.add_argument("--peer_buffer", type=int, default=64, help="answers per agent and update (16 episodes)")
+    parser.add_argument("--our_settings", default="", help='"lr=4e-3 batch_size=8 ...": instead of our defaults')
     parser.add_argument("--seed", type=int, default=0, help="of training to a score")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
