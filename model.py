@@ -739,10 +739,13 @@ class LanguageModel:
         hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)], [len(p) - 1 for p in prompts])
         sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
         logits = self.causal_lm.get_output_embeddings()(hidden).float()  # (N, V)
+        if self.logit_scale != 1:  # multiplying N x V numbers by 1 takes time, too
+            logits = logits * self.logit_scale
         if self.softcap:
-            logits = self.softcap * (logits * (self.logit_scale / self.softcap)).tanh()
-        factor = (1.0 if self.softcap else self.logit_scale) / temperature
-        logp = (logits if factor == 1 else logits * factor).log_softmax(-1)  # no pass over N x V numbers for nothing
+            logits = self.softcap * (logits / self.softcap).tanh()
+        if temperature != 1:
+            logits = logits / temperature
+        logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, sampled[:, None])[:, 0], entropy
 

@@ -32,8 +32,7 @@ import torch
 from tqdm import tqdm
 
 from critic import Critic, explained, td_targets
-from model import (check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches,
-                   optimizer_step)
+from model import check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches, optimizer_step
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
 

@@ -438,6 +438,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of training to a score")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if any(setting.count("=") != 1 for setting in args.our_settings.split()):
+        parser.error(f"--our_settings must be NAME=VALUE with spaces between, not {args.our_settings!r}.")
+    if args.peer_buffer < 4:
+        parser.error("--peer_buffer must be 4 or more: an episode has four answers of an agent.")
     if args.job:
         job = json.loads(args.job[1])
         result = json.dumps(globals()[args.job[0]](job))
