@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import runpy
 import subprocess
 import sys
@@ -105,10 +104,6 @@ def build_model(folder, width, layers):
     model.save_pretrained(folder)
 
 
-def peak_gb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
 def timed(seconds, name, function):
     """The same function; seconds[name] grows by the time that it takes."""
     @functools.wraps(function)  # the peer looks at signatures
@@ -132,7 +127,7 @@ def ours(job):
     import torch
     import tasks
     from critic import Critic
-    from model import LanguageModel
+    from model import LanguageModel, memory_gb
     steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, how many tokens are new, more)
     tasks.TASKS["bench"] = bench = bench_task(job["words"])
     bench.judge_all = timed(seconds, "scoring", bench.judge_all)
@@ -173,7 +168,7 @@ def ours(job):
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
             "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
-            "memory": ranks * peak_gb()} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
+            "memory": ranks * memory_gb("cpu")} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
 
 
 def floor(folder, calls):
@@ -256,6 +251,7 @@ def train(trainer, items):
 
 def peer(job):
     import torch
+    from model import memory_gb
     torch.set_num_threads(job["threads"])
     T, seconds, tree = job["turns"], {}, job["algorithm"] == "mc"
     G = job["answers"] if T == 1 else 2 if tree else 1
@@ -278,8 +274,8 @@ def peer(job):
     items = max(2, job["episodes"] // (leaves if T == 1 or tree else 4 * G))  # over turns cc and dc take long
     timed(seconds, "all", train)(trainer, range(2, 2 + items))
     parts = {part: seconds.get(part, 0.0) for part in PARTS[:3]}
-    return parts | {"update": seconds["all"] - sum(parts.values()), "seconds": seconds["all"], "memory": peak_gb(),
-                    "episodes": items * leaves, "answers": items * answers}
+    return parts | {"update": seconds["all"] - sum(parts.values()), "seconds": seconds["all"],
+                    "memory": memory_gb("cpu"), "episodes": items * leaves, "answers": items * answers}
 
 # --- training to a score ----------------------------------------------------------------------------------------------
 
