@@ -271,15 +271,17 @@ def gather(rows):
     return [row for part in parts for row in part]
 
 
-def micro_batches(rows, tokens, size):
-    """This rank's share of rows, cut into micro-batches of at most `size`, sorted by their token ids tokens(row).
+def micro_batches(episodes, tokens, size):
+    """This rank's share of the episodes, as micro-batches of at most `size` rows (episode, t).
 
-    Rows that begin alike thus share a micro-batch, which computes that beginning once.
+    Episodes are sorted by the token ids tokens(turn) of their first turn: rows that begin alike share a micro-batch,
+    which computes that beginning once. Episodes of two turns and of one, size 2: [(a, 1), (a, 0)], [(b, 0)].
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = sorted(rows, key=tokens)
-    size = max(1, min(size, -(-len(rows) // ranks)))
-    return [rows[i:i + size] for i in range(0, len(rows), size)][rank::ranks]
+    episodes = sorted(episodes, key=lambda e: tokens(e.turns[0]))
+    mine = episodes[len(episodes) * rank // ranks:len(episodes) * (rank + 1) // ranks]
+    rows = [(e, t) for e in mine for t in reversed(range(len(e.turns)))]
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 def optimizer_step(optimizer, parameters):

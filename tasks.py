@@ -79,9 +79,8 @@ class Turn:
     responses: list         # a_i,t as text
     outcome: Outcome
     critic_inputs: list = field(default_factory=list)  # one entry per critic: token ids of the history it reads
-    values: dict = field(default_factory=dict)      # critic -> V(h_t); these three are set by the train script
-    targets: dict = field(default_factory=dict)     # critic -> what V(h_t) is regressed on
-    advantages: dict = field(default_factory=dict)  # agent -> advantage
+    values: dict = field(default_factory=dict)  # critic -> V(h_t) before it learned from this; set by the train script
+    advantages: list = field(default_factory=list)  # set by the train script, too
 
 
 @dataclass
@@ -93,6 +92,14 @@ class Episode:
     @property
     def world(self):
         return self.turns[-1].outcome.world if self.turns else None
+
+    @property
+    def rewards(self):
+        return [turn.outcome.reward for turn in self.turns]
+
+    def returns(self, gamma):
+        """Discounted sum of the rewards from each turn on: rewards [1, 2, 4] and gamma 0.5 give [3, 4, 4]."""
+        return [sum(gamma ** k * reward for k, reward in enumerate(self.rewards[t:])) for t in range(len(self.turns))]
 
 
 def history(task, episode, agent):
@@ -131,7 +138,7 @@ def summary(episodes, prefix, gamma, ends):
     answers = [tokens for turn in turns for tokens in turn.tokens]
     last = [e.turns[-1].outcome for e in episodes]
     numbers = {
-        "return": mean(sum(gamma ** t * turn.outcome.reward for t, turn in enumerate(e.turns)) for e in episodes),
+        "return": mean(e.returns(gamma)[0] for e in episodes),
         "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
         "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
         "truncated": mean(tokens[-1] != end for turn in turns for tokens, end in zip(turn.tokens, ends))}

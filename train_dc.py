@@ -219,32 +219,24 @@ def rollout(items, generator):
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 
+def td(e, c, t=0):
+    """Targets and advantages of an episode from turn t on, by critic c."""
+    return td_targets(e.rewards[t:], [turn.values[c] for turn in e.turns[t:]], args.gamma, args.lam)
+
+
 def set_advantages(episodes):
-    """Steps 2 and 3 of the header; says how much of the returns' variance V explains before it learns from them."""
-    turns = [(t, turn) for e in episodes for t, turn in enumerate(e.turns)]
-    rewards = [[turn.outcome.reward for turn in e.turns] for e in episodes]
-    returns = [td_targets(r, [0.0] * len(r), args.gamma, lam=1.0)[0] for r in rewards]
-    for c, critic in enumerate(critics):
-        if progress["step"] == 0:
-            critic.set_scale(returns)
-        said = []
-        for batch in micro_batches(range(len(turns)), lambda n: turns[n][1].critic_inputs[c], args.micro_batch):
-            with torch.no_grad():
-                values = critic([turns[n][1].critic_inputs[c] for n in batch], [turns[n][0] for n in batch])
-            said += zip(batch, values.tolist())
-        for n, value in gather(said):
-            turns[n][1].values[c] = value
-        for e, r in zip(episodes, rewards):
-            targets, advantages = td_targets(r, [turn.values[c] for turn in e.turns], args.gamma, args.lam)
-            for turn, target, advantage in zip(e.turns, targets, advantages):
-                turn.targets[c] = target
-                turn.advantages |= {i: advantage for i in agents if critic_of[i] == c}
-    everything = torch.tensor([list(turn.advantages.values()) for _, turn in turns])  # (turns, agents)
+    """Step 3 of the header, by what V said before it learned from an episode; and how well that told the returns."""
+    turns = [turn for e in episodes for turn in e.turns]
+    for e in episodes:
+        errors = [td(e, c)[1] for c in critic_of]  # (agents, turns)
+        for t, turn in enumerate(e.turns):
+            turn.advantages = [own[t] for own in errors]
+    everything = torch.tensor([turn.advantages for turn in turns])  # (turns, agents)
     center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
-    for _, turn in turns:
-        turn.advantages = {i: (advantage - center) / spread for i, advantage in turn.advantages.items()}
+    for turn in turns:
+        turn.advantages = [(advantage - center) / spread for advantage in turn.advantages]
     values = [[turn.values[c] for turn in e.turns] for c in range(len(critics)) for e in episodes]
-    return explained(returns * len(critics), values)
+    return explained([e.returns(args.gamma) for e in episodes] * len(critics), values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
 
@@ -258,20 +250,32 @@ def minibatches(episodes):
 
 
 def update_critics(episodes):
-    """Step 4: squared error to the targets, in units of the returns' variance at that turn."""
+    """Steps 2 and 4: squared error to the targets, in units of the returns' variance at that turn.
+
+    V(h_t) for the advantages and its first gradient come from one reading. Turns are read from last to first, so that
+    V(h_t+1) is known when h_t is learned from.
+    """
     total, updates = 0.0, 0
+    if progress["step"] == 0:
+        for critic in critics:
+            critic.set_scale([e.returns(args.gamma) for e in episodes])
     for c, critic in list(enumerate(critics)) * args.passes:
         for part in minibatches(episodes):
-            rows = [(t, turn) for e in part for t, turn in enumerate(e.turns)]
-            for batch in micro_batches(rows, lambda row: row[1].critic_inputs[c], args.micro_batch):
-                turns = [t for t, _ in batch]
-                values = critic([turn.critic_inputs[c] for _, turn in batch], turns)  # (B,)
-                targets = torch.tensor([turn.targets[c] for _, turn in batch], device=args.device)
-                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / len(rows)
+            answers = sum(len(e.turns) for e in part)
+            for batch in micro_batches(part, lambda turn: turn.critic_inputs[c], args.micro_batch):
+                turns = [t for _, t in batch]
+                values = critic([e.turns[t].critic_inputs[c] for e, t in batch], turns)  # (B,)
+                for (e, t), value in zip(batch, values.tolist()):
+                    e.turns[t].values.setdefault(c, value)  # not what it says in later passes: it has learned from this
+                targets = torch.tensor([td(e, c, t)[0][0] for e, t in batch], device=args.device)
+                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / answers
                 loss.backward()
                 total += loss.item()
             optimizer_step(critic_optimizer, critic.weights)
             updates += 1
+        for k, t, value in gather([(k, t, turn.values[c]) for k, e in enumerate(episodes)
+                                   for t, turn in enumerate(e.turns) if c in turn.values]):  # from all ranks
+            episodes[k].turns[t].values[c] = value
     return {"loss/value": sum(gather([total])) / updates}
 
 
@@ -280,9 +284,10 @@ def update_actors(episodes):
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for part in minibatches(episodes):
-            rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
+            answers = sum(len(e.turns) for e in part) * len(agents)
             for i, batch in [(i, batch) for i in agents for batch in micro_batches(
-                    rows, lambda turn: turn.prompts[i], args.micro_batch)]:
+                    part, lambda turn: turn.prompts[i], args.micro_batch)]:
+                batch = [e.turns[t] for e, t in batch]
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all
@@ -291,7 +296,7 @@ def update_actors(episodes):
                                          device=args.device)
                 ratio = (logp - old_logp).exp()
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / (len(rows) * len(agents))
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / answers
                 loss.backward()
                 total += loss.item()
                 entropies.append((entropy.sum().item(), len(entropy)))
@@ -340,7 +345,7 @@ for step in bar:
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
     try:
-        stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
+        stats = update_critics(episodes) | set_advantages(episodes) | update_actors(episodes)
     except FloatingPointError as error:
         bar.close()
         fail(error)

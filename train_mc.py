@@ -32,7 +32,7 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
-from critic import baselines, explained, td_targets
+from critic import baselines, explained
 from model import check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches, optimizer_step
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, open_run_folder, summary, write_atomic)
@@ -212,8 +212,7 @@ def rollout(items, generator):
 
 def set_advantages(episodes):
     """Steps 2 and 3 of the header; says how much of the returns' variance the baseline explains."""
-    rewards = [[turn.outcome.reward for turn in e.turns] for e in episodes]
-    returns = [td_targets(r, [0.0] * len(r), args.gamma, lam=1.0)[0] for r in rewards]
+    returns = [e.returns(args.gamma) for e in episodes]
     values = [[] for _ in episodes]  # the baseline stands where a critic's value would
     for first in range(0, len(episodes), args.group_size):
         for t in range(args.num_turns):  # among those that still play
@@ -223,7 +222,7 @@ def set_advantages(episodes):
     rows = [row for e, ret, value in zip(episodes, returns, values) for row in zip(e.turns, ret, value)]
     spread = mean((ret - value) ** 2 for _, ret, value in rows) ** 0.5 + 1e-6
     for turn, ret, value in rows:  # not centered: that would be a baseline, too
-        turn.advantages = {i: (ret - value) / spread for i in agents}
+        turn.advantages = [(ret - value) / spread] * len(agents)
     scale = torch.tensor([ret for _, ret, _ in rows]).var(correction=0).item() + 1e-9
     return {"loss/value": spread ** 2 / scale} | explained(returns, values)
 
@@ -243,9 +242,10 @@ def update_actors(episodes):
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for part in minibatches(episodes):
-            rows = [turn for e in part for turn in e.turns]  # each with an answer of every agent
+            answers = sum(len(e.turns) for e in part) * len(agents)
             for i, batch in [(i, batch) for i in agents for batch in micro_batches(
-                    rows, lambda turn: turn.prompts[i], args.micro_batch)]:
+                    part, lambda turn: turn.prompts[i], args.micro_batch)]:
+                batch = [e.turns[t] for e, t in batch]
                 tokens = [turn.tokens[i] for turn in batch]
                 logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
                                                 tokens, args.temperature)  # (N,), N tokens in all
@@ -254,7 +254,7 @@ def update_actors(episodes):
                                          device=args.device)
                 ratio = (logp - old_logp).exp()
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / (len(rows) * len(agents))
+                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / answers
                 loss.backward()
                 total += loss.item()
                 entropies.append((entropy.sum().item(), len(entropy)))

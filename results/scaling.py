@@ -12,7 +12,7 @@ few percent as long as p + L is small against the model's width x layers).
 
     rollout   n T B [2 N (p + L) + 2 H L]          each answer token passes the model once
     actors    n T B passes [4 N (p + L) + 4 H L]   forward, and backward to activations: the weights are frozen
-    critics   K T B [2 N h + passes 4 N h]         V(h_t) once, then as the actors; no output layer
+    critics   K T B passes 4 N h                   as the actors, V(h_t) included; no output layer
     with --gradient_checkpointing every update also computes its forward a second time: 6 N instead of 4 N
     a full fine-tuning would need gradients of weights as well: again 6 N instead of 4 N
 
@@ -117,7 +117,7 @@ def operations(episodes, shape_weights, passes):
         zip(*(turn.prompts for turn in e.turns)), zip(*(turn.tokens for turn in e.turns))))  # per episode and agent
     read = sum(distinct(inputs) for e in episodes for inputs in zip(*(turn.critic_inputs for turn in e.turns)))
     return {"rollout": 2 * N * (prompts + new) + 2 * H * new,
-            "update": passes * (4 * N * (learned + read) + 4 * H * new) + 2 * N * read}
+            "update": passes * (4 * N * (learned + read) + 4 * H * new)}
 
 
 def distinct(sequences):
@@ -181,7 +181,7 @@ def main():
     for name, shape in SHAPES.items():
         part, (N, H, *_) = memory(shape), weights(shape)
         rows, p, L, h = 2 * 4 * 8, 900, 512, 1800
-        work = rows * (2 * N * (p + L) + 2 * H * L) + rows * 2 * (4 * N * (p + L) + 4 * H * L) + 32 * 10 * N * h
+        work = rows * (2 * N * (p + L) + 2 * H * L) + rows * 2 * (4 * N * (p + L) + 4 * H * L) + 32 * 2 * 4 * N * h
         print(f"| {name} | {part['base']:.1f} | {part['adapters']:.1f} | {part['cache']:.1f} | {part['MiB a token']:.1f}, "
               f"{part['update']:.1f} | {part['checkpointed']:.1f} | {part['peak, update']:.1f} | "
               f"{part['peak, checkpointed']:.1f} | {work / 1e12:.0f} |", flush=True)

@@ -11,8 +11,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, tiny_tokenizer, train_bpe
-from tasks import get_task
+from model import LanguageModel, Packed, build_tiny, micro_batches, tiny_tokenizer, train_bpe
+from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
@@ -459,6 +459,20 @@ def test_td_targets_by_hand():
     # deltas 1 + .5 - .5 = 1, 2 + 1.5 - 1 = 2.5, 4 - 3 = 1; A = 1 + .25 (2.5 + .25), 2.5 + .25, 1
     assert advantages == pytest.approx([1.6875, 2.75, 1.0]) and targets == pytest.approx([2.1875, 3.75, 4.0])
     assert td_targets([], [], 0.9) == ([], [])
+
+
+def played(prompt, *rewards):
+    return Episode({}, [Turn([prompt], None, None, None, Outcome(reward, 0, {}, False, [], None)) for reward in rewards])
+
+
+def test_returns_by_hand():
+    assert played([], 1, 2, 4).returns(0.5) == [3, 4, 4] and played([]).returns(0.5) == []
+
+
+def test_micro_batches_keep_episodes_together_and_turn_them_round():
+    a, b, c = played([1, 2], 0, 0), played([3], 0), played([1, 3], 0, 0)
+    assert micro_batches([a, b], lambda turn: turn.prompts[0], 2) == [[(a, 1), (a, 0)], [(b, 0)]]
+    assert micro_batches([b, c, a], lambda turn: turn.prompts[0], 3) == [[(a, 1), (a, 0), (c, 1)], [(c, 0), (b, 0)]]
 
 
 def test_td_targets_with_lam_one_are_discounted_returns():

@@ -204,14 +204,14 @@ def inside(inside, data):
 
 
 def advantages_of(episodes):
-    return [[list(turn.advantages.values()) for turn in e.turns] for e in episodes]
+    return [[list(turn.advantages) for turn in e.turns] for e in episodes]
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_advantages_are_td_errors_of_the_right_critic(inside, script):
     run = inside(script, "--steps", 1, "--lam", 0.5)
     episodes, agents = run["episodes"], range(2)
-    errors = [[td_targets([turn.outcome.reward for turn in e.turns], [turn.values[c] for turn in e.turns], 0.9, 0.5)[1]
+    errors = [[td_targets(e.rewards, [turn.values[c] for turn in e.turns], 0.9, 0.5)[1]
                for c in ([0, 0] if script == "train_cc.py" else [0, 1])] for e in episodes]  # [episode][agent][turn]
     everything = torch.tensor([[errors[k][i][t] for i in agents] for k, e in enumerate(episodes)
                                for t in range(len(e.turns))])
@@ -224,11 +224,23 @@ def test_advantages_are_td_errors_of_the_right_critic(inside, script):
         assert [[i for i in agents if f"with {' '.join(run['task'].palettes[i])}" in text] for text in texts] == shown
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_values_are_those_before_the_critic_learned_from_an_episode(inside, micro_batch):
+    run = inside("train_cc.py", "--steps", 1, "--passes", 3, "--minibatches", 1, "--micro_batch", micro_batch)
+    critic, turns = run["critics"][0], [(t, turn) for e in run["episodes"] for t, turn in enumerate(e.turns)]
+    mean = critic.mean.tolist()  # what an untrained critic says
+    assert all(turn.values == {0: pytest.approx(mean[t], abs=1e-5)} for t, turn in turns)
+    with torch.no_grad():
+        now = critic([turn.critic_inputs[0] for _, turn in turns], [t for t, _ in turns])
+    assert (now - torch.tensor([mean[t] for t, _ in turns])).abs().max() > 1e-3  # it has learned since
+    assert run["stats"]["value/explained_variance_by_turn"] == pytest.approx([0, 0], abs=1e-4)
+
+
 @pytest.mark.parametrize("baseline", ["group", "loo", "none"])
 def test_monte_carlo_advantages_by_hand(inside, baseline):
     episodes = inside("train_mc.py", "--steps", 1, "--baseline", baseline, "--group_size", 2)["episodes"]
     assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
-    returns = [td_targets([turn.outcome.reward for turn in e.turns], [0, 0], 0.9, 1.0)[0] for e in episodes]
+    returns = [td_targets(e.rewards, [0, 0], 0.9, 1.0)[0] for e in episodes]
     errors = []
     for k, ret in enumerate(returns):
         pair = [returns[k // 2 * 2], returns[k // 2 * 2 + 1]]
