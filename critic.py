@@ -55,8 +55,8 @@ def baselines(returns, kind):
     """Monte Carlo baselines of the returns of a group: joint answers to the same item at the same turn.
 
     [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
-    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone
-    has nothing but itself: [5] gives [5].
+    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone has nothing
+    but itself: [5] gives [5].
     """
     total, n = sum(returns), len(returns)
     if kind == "none":
@@ -88,6 +88,7 @@ class Critic(nn.Module):
     """
 
     def __init__(self, lm, name, num_turns, max_tokens):
+        """lm: the LanguageModel it lives on; name: its adapter's; max_tokens: the longest text it reads."""
         super().__init__()
         self.lm, self.name, self.truncated = [lm], name, 0  # a list: not a submodule
         self.max_tokens = min(max_tokens, lm.context)
@@ -112,6 +113,7 @@ class Critic(nn.Module):
                 self.mean[t], self.std[t] = at_t.mean(), at_t.std(correction=0).clamp(min=0.1)
 
     def save(self, out_dir):
+        """Write out_dir/NAME/: the adapter as PEFT does, and value_head.pt with head, mean and std."""
         self.lm[0].save_adapter(self.name, out_dir)
         path = os.path.join(out_dir, self.name, "value_head.pt")
         write_atomic(path, lambda part: torch.save(self.state_dict(), part))

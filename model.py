@@ -245,7 +245,7 @@ def join_ranks(device):
     """(rank, number of ranks, device) of a script that torchrun started several times; (0, 1, device) of any other.
 
     Every rank draws the same random numbers and knows all episodes; it plays its share of them, and computes the
-    gradients of its share of the micro-batches. So N ranks with N x B episodes do what one rank would do with them.
+    gradients of its share of a minibatch. So N ranks with N x B episodes do what one rank would do with them.
     Raises ValueError with one sentence for a device that is not there.
     """
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -272,10 +272,11 @@ def gather(rows):
 
 
 def micro_batches(episodes, tokens, size):
-    """This rank's share of the episodes, as micro-batches of at most `size` rows (episode, t).
+    """This rank's share of the episodes, as micro-batches of at most `size` rows (episode, t); none without a share.
 
-    Episodes are sorted by the token ids tokens(turn) of their first turn: rows that begin alike share a micro-batch,
-    which computes that beginning once. Episodes of two turns and of one, size 2: [(a, 1), (a, 0)], [(b, 0)].
+    An episode's turns come from last to first, so that V(h_t+1) is known when h_t is learned from. Episodes are sorted
+    by the token ids tokens(turn) of their first turn: rows that begin alike share a micro-batch, which computes that
+    beginning once. Episodes a of two turns and b of one, size 2: [(a, 1), (a, 0)], [(b, 0)].
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     episodes = sorted(episodes, key=lambda e: tokens(e.turns[0]))
@@ -496,23 +497,18 @@ class LanguageModel:
             self.checkpointed = [m for m in self.causal_lm.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def add_adapter(self, name, folder=None):
-        """Add a fresh LoRA adapter, or the one saved in folder; returns its parameters (fp32).
+        """Add a fresh LoRA adapter, or, as a model's first, the one saved in folder; returns its parameters (fp32).
 
         Raises ValueError with one sentence when the one in folder was trained on another base.
         """
+        config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         if folder is not None:
             self.check_base(folder)
-        if folder is not None and self.peft is None:
             self.peft = PeftModel.from_pretrained(self.causal_lm, folder, adapter_name=name)
-        elif folder is not None:
-            self.peft.load_adapter(folder, adapter_name=name)
+        elif self.peft is None:
+            self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
         else:
-            config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear",
-                                task_type="CAUSAL_LM")
-            if self.peft is None:
-                self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
-            else:
-                self.peft.add_adapter(name, config)
+            self.peft.add_adapter(name, config)
         for layer in self.lora_layers():
             layer.forward = types.MethodType(self.lora_forward, layer)
         parameters = [p for key, p in self.causal_lm.named_parameters() if f".{name}." in key]
@@ -595,6 +591,7 @@ class LanguageModel:
         return ids[len(ids) - max(1, self.context - new_tokens):]
 
     def decode(self, tokens):
+        """Texts of B lists of token ids, special tokens left out."""
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @torch.inference_mode()
@@ -663,7 +660,7 @@ class LanguageModel:
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def prefill(self, names, prompts, mask, cache, rows=(), memory=None):
+    def prefill(self, names, prompts, mask, cache, rows, memory):
         """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
 
         rows: for each the names under which memory keeps it.
@@ -734,7 +731,7 @@ class LanguageModel:
         return states.flatten(0, 1)[wanted]
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):
-        """log pi of every sampled token and the entropy there, both (N,): the answers' tokens one after another.
+        """log pi of every sampled token and the entropy there, in nats, both (N,): answers' tokens one after another.
 
         Vocabulary logits are computed where an answer's token is predicted and nowhere else.
         """
@@ -756,6 +753,7 @@ class LanguageModel:
         return {key: p.detach().clone() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
 
     def load_adapter_state(self, state):
+        """Set all adapters' weights to what adapter_state gave."""
         for key, p in self.causal_lm.named_parameters():
             if "lora_" in key:
                 p.data.copy_(state[key])

@@ -80,7 +80,7 @@ class Turn:
     outcome: Outcome
     critic_inputs: list = field(default_factory=list)  # one entry per critic: token ids of the history it reads
     values: dict = field(default_factory=dict)  # critic -> V(h_t) before it learned from this; set by the train script
-    advantages: list = field(default_factory=list)  # set by the train script, too
+    advantages: list = field(default_factory=list)  # one per agent, normalised over the step; set there, too
 
 
 @dataclass
@@ -91,10 +91,12 @@ class Episode:
 
     @property
     def world(self):
+        """What the last turn left behind, None before the first."""
         return self.turns[-1].outcome.world if self.turns else None
 
     @property
     def rewards(self):
+        """r_0, r_1, ... of the turns played so far."""
         return [turn.outcome.reward for turn in self.turns]
 
     def returns(self, gamma):
@@ -122,7 +124,16 @@ def paid(reward, task, turn, done):
     return reward if task.reward == "dense" or done or turn + 1 == task.num_turns else 0.0
 
 
+def minibatches(episodes, group_size, number, rng):
+    """Shuffle groups of group_size episodes and deal them into at most `number` lists; each is one optimizer step."""
+    groups = [episodes[k:k + group_size] for k in range(0, len(episodes), group_size)]
+    rng.shuffle(groups)
+    size = -(-len(groups) // number)
+    return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
+
+
 def mean(numbers):
+    """Mean of any iterable of numbers; 0 for none."""
     numbers = list(numbers)
     return sum(numbers) / max(1, len(numbers))
 

@@ -11,11 +11,12 @@ One step of training, in the symbols of arXiv 2601.21972:
 After training critics are thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
-clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; sampling
-at temperature 1.
+clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; V(h_t)
+is what the critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling at
+temperature 1.
 
     python train_cc.py --task strbuild                 # CPU, nothing to download
-    python train_cc.py --model Qwen/Qwen3-4B-Instruct-2507 --lr 1e-5 --critic_lr 2e-5   # GPU, not run yet
+    python train_cc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # GPU, not run yet: see README
     torchrun --nproc_per_node=2 train_cc.py --threads 1   # two processes or GPUs, twice the episodes per step
     python model.py out/cc-strbuild                    # the trained team at work
 """
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from critic import Critic, explained, td_targets
 from model import check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches, optimizer_step
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   mean, open_run_folder, summary, write_atomic)
+                   mean, minibatches, open_run_folder, summary, write_atomic)
 
 ALGORITHM = "cc"
 
@@ -49,10 +50,10 @@ group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2,
 group.add_argument("--compile", action="store_true", help="torch.compile the update; minutes at first; slower on CPU")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
 group = parser.add_argument_group("task")
-group.add_argument("--task", default="strbuild", help="what the team does (default strbuild)")
-group.add_argument("--num_agents", type=int, default=2, help="agents in the team (default 2)")
+group.add_argument("--task", default="strbuild", help="tldr, arxiv, coophe, strbuild (default), housebuild")
+group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
-group.add_argument("--feedback", default=None, help="strbuild: position (default), score or perfect")
+group.add_argument("--feedback", default=None, help="what agents are told between turns (default: the task's)")
 group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
@@ -66,11 +67,11 @@ group.add_argument("--steps", type=int, default=None, help="training steps (defa
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--group_size", type=int, default=1, help="G, episodes on the same item in a step (default 1)")
-group.add_argument("--lr", type=float, default=None, help="AdamW learning rate of the actors, falls to 0 (the task's)")
+group.add_argument("--lr", type=float, default=None, help="AdamW rate of the actors, falls to 0 (default: the task's)")
 group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning rate of critics (default 2e-3)")
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
-group.add_argument("--micro_batch", type=int, default=8, help="rows per forward; memory and speed, not the result")
+group.add_argument("--micro_batch", type=int, default=8, help="rows per forward: memory, not the result (default 8)")
 group.add_argument("--gradient_checkpointing", action="store_true", help="much less memory, a third more arithmetic")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
 group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads, newest tokens kept")
@@ -84,11 +85,6 @@ group.add_argument("--overwrite", action="store_true", help="delete the run in o
 group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
-
-
-def fail(sentence):
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
 
 
 args.algorithm = ALGORITHM
@@ -105,22 +101,21 @@ try:  # everything a person can get wrong is found before anything is built or l
     if args.wandb:
         import wandb
 except ValueError as error:
-    fail(error)
+    parser.exit(2, f"error: {error}\n")
 except ImportError:
-    fail("--wandb needs the package: pip install wandb")
+    parser.exit(2, "error: --wandb needs the package: pip install wandb\n")
 print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
 
 start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
-if args.threads:
-    torch.set_num_threads(args.threads)
+torch.set_num_threads(args.threads or torch.get_num_threads())
 try:
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
                       args.gradient_checkpointing, args.compile)  # per agent; builds the tiny base if there is none
 except ValueError as error:
-    fail(error)
+    parser.exit(2, f"error: {error}\n")
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
@@ -157,7 +152,7 @@ if (args.resume or args.eval_only) and os.path.exists(state_path):
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
     except ValueError as error:
-        fail(error)
+        parser.exit(2, f"error: {error}\n")
     progress |= saved["progress"]
     print(f"{args.out_dir} was saved at step {progress['step']}")
 if saved and args.resume:
@@ -183,12 +178,11 @@ def save():
 
 
 def log(line):
-    if rank > 0:
-        return
-    with open(log_path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    if args.wandb:
-        wandb.log(line, step=line["step"])
+    if rank == 0:
+        with open(log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if args.wandb:
+            wandb.log(line, step=line["step"])
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
 
@@ -220,17 +214,16 @@ def rollout(items, generator):
 
 
 def td(e, c, t=0):
-    """Targets and advantages of an episode from turn t on, by critic c."""
+    """(targets, advantages) of the turns t, t + 1, ... of an episode, two lists; critic c has said V of these turns."""
     return td_targets(e.rewards[t:], [turn.values[c] for turn in e.turns[t:]], args.gamma, args.lam)
 
 
 def set_advantages(episodes):
-    """Step 3 of the header, by what V said before it learned from an episode; and how well that told the returns."""
+    """Step 3, by what V said before it learned from an episode; returns how well that told the episodes' returns."""
     turns = [turn for e in episodes for turn in e.turns]
     for e in episodes:
-        errors = [td(e, c)[1] for c in critic_of]  # (agents, turns)
-        for t, turn in enumerate(e.turns):
-            turn.advantages = [own[t] for own in errors]
+        for turn, errors in zip(e.turns, zip(*(td(e, c)[1] for c in critic_of))):  # turn by turn, agent by agent
+            turn.advantages = errors
     everything = torch.tensor([turn.advantages for turn in turns])  # (turns, agents)
     center, spread = everything.mean().item(), everything.std(correction=0).item() + 1e-6
     for turn in turns:
@@ -239,14 +232,6 @@ def set_advantages(episodes):
     return explained([e.returns(args.gamma) for e in episodes] * len(critics), values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
-
-
-def minibatches(episodes):
-    """Shuffle groups of episodes and deal them into the minibatches of one pass; each is one optimizer step."""
-    groups = [episodes[k:k + args.group_size] for k in range(0, len(episodes), args.group_size)]
-    rng.shuffle(groups)
-    size = -(-len(groups) // args.minibatches)
-    return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
 
 
 def update_critics(episodes):
@@ -260,15 +245,15 @@ def update_critics(episodes):
         for critic in critics:
             critic.set_scale([e.returns(args.gamma) for e in episodes])
     for c, critic in list(enumerate(critics)) * args.passes:
-        for part in minibatches(episodes):
-            answers = sum(len(e.turns) for e in part)
+        for part in minibatches(episodes, args.group_size, args.minibatches, rng):
+            histories = sum(len(e.turns) for e in part)
             for batch in micro_batches(part, lambda turn: turn.critic_inputs[c], args.micro_batch):
                 turns = [t for _, t in batch]
                 values = critic([e.turns[t].critic_inputs[c] for e, t in batch], turns)  # (B,)
                 for (e, t), value in zip(batch, values.tolist()):
                     e.turns[t].values.setdefault(c, value)  # not what it says in later passes: it has learned from this
-                targets = torch.tensor([td(e, c, t)[0][0] for e, t in batch], device=args.device)
-                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / answers
+                targets = torch.tensor([td(e, c, t)[0][0] for e, t in batch], device=args.device)  # (B,)
+                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / histories
                 loss.backward()
                 total += loss.item()
             optimizer_step(critic_optimizer, critic.weights)
@@ -283,23 +268,23 @@ def update_actors(episodes):
     """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
-        for part in minibatches(episodes):
+        for part in minibatches(episodes, args.group_size, args.minibatches, rng):
             answers = sum(len(e.turns) for e in part) * len(agents)
-            for i, batch in [(i, batch) for i in agents for batch in micro_batches(
-                    part, lambda turn: turn.prompts[i], args.micro_batch)]:
-                batch = [e.turns[t] for e, t in batch]
-                tokens = [turn.tokens[i] for turn in batch]
-                logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(batch), [turn.prompts[i] for turn in batch],
-                                                tokens, args.temperature)  # (N,), N tokens in all
-                old_logp = torch.tensor([x for turn in batch for x in turn.logps[i]], device=args.device)
-                advantage = torch.tensor([turn.advantages[i] for turn, a in zip(batch, tokens) for _ in a],
-                                         device=args.device)
-                ratio = (logp - old_logp).exp()
-                clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(ratio * advantage, clipped * advantage).sum() / answers
-                loss.backward()
-                total += loss.item()
-                entropies.append((entropy.sum().item(), len(entropy)))
+            for i in agents:
+                for batch in micro_batches(part, lambda turn: turn.prompts[i], args.micro_batch):
+                    turns = [e.turns[t] for e, t in batch]
+                    tokens = [turn.tokens[i] for turn in turns]
+                    logp, entropy = lms[i].logprobs([f"agent_{i}"] * len(turns), [turn.prompts[i] for turn in turns],
+                                                    tokens, args.temperature)  # (N,), N tokens in all
+                    old_logp = torch.tensor([x for turn in turns for x in turn.logps[i]], device=args.device)
+                    advantage = torch.tensor([turn.advantages[i] for turn, a in zip(turns, tokens) for _ in a],
+                                             device=args.device)
+                    ratio = (logp - old_logp).exp()
+                    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+                    loss = -torch.min(ratio * advantage, clipped * advantage).sum() / answers
+                    loss.backward()
+                    total += loss.item()
+                    entropies.append((entropy.sum().item(), len(entropy)))
             norms.append(optimizer_step(actor_optimizer, actor_parameters))
     entropy, tokens = map(sum, zip(*gather(entropies)))
     return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / tokens,
@@ -345,10 +330,10 @@ for step in bar:
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
     try:
-        stats = update_critics(episodes) | set_advantages(episodes) | update_actors(episodes)
+        stats = update_critics(episodes) | set_advantages(episodes) | update_actors(episodes)  # in this order
     except FloatingPointError as error:
         bar.close()
-        fail(error)
+        parser.exit(2, f"error: {error}\n")
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1

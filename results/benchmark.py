@@ -124,11 +124,10 @@ def train_script(algorithm, **flags):
 
 
 def ours(job):
-    import torch
     import tasks
     from critic import Critic
     from model import LanguageModel, memory_gb
-    steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, how many tokens are new, more)
+    steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, how many tokens are new; rollout: answers)
     tasks.TASKS["bench"] = bench = bench_task(job["words"])
     bench.judge_all = timed(seconds, "scoring", bench.judge_all)
 
@@ -149,8 +148,8 @@ def ours(job):
     watch(LanguageModel, "generate", lambda names, prompts, luck, *_: (
         "rollout", len(set(zip(names, map(tuple, prompts)))), longest(prompts), luck.shape[1], len(names)))
     watch(LanguageModel, "logprobs", lambda names, prompts, tokens, *_: (
-        "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens), True))
-    watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0, torch.is_grad_enabled()))
+        "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens)))
+    watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0))
     more = {"passes": job["passes"]} if "passes" in job else {}
     if "update" in job:
         more["minibatches"] = job["episodes"] * job["turns"] // job["update"]
@@ -190,17 +189,15 @@ def floor(folder, calls):
         for _ in range(new - 1):
             model(input_ids=draw(answers, 1), past_key_values=cache, logits_to_keep=1)
 
-    def learn(rows, T, new, grad):
-        with torch.set_grad_enabled(grad):
-            ids = draw(rows, T)
-            embedded = model.get_input_embeddings()(ids).requires_grad_(grad)  # (rows, T, C)
-            hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            loss = hidden[:, -1].sum()
-            if new:
-                logp = model.get_output_embeddings()(hidden[:, -new:]).log_softmax(-1)  # (rows, new, V)
-                loss = logp.gather(2, ids[:, -new:, None]).sum()
-        if grad:
-            loss.backward()
+    def learn(rows, T, new):
+        ids = draw(rows, T)
+        embedded = model.get_input_embeddings()(ids).requires_grad_()  # (rows, T, C)
+        hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        loss = hidden[:, -1].sum()
+        if new:
+            logp = model.get_output_embeddings()(hidden[:, -new:]).log_softmax(-1)  # (rows, new, V)
+            loss = logp.gather(2, ids[:, -new:, None]).sum()
+        loss.backward()
 
     for prefix in ("warm-up ", "", "frozen "):
         model.requires_grad_(prefix != "frozen ")

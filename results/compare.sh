@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs of the README's comparison: three settings, six methods, five seeds; 64 joint actions a step everywhere.
 # Two runs at a time on one thread each, about 90 minutes on 2 cores. Then: python results/compare.py
-# Learning rates are those of the best return of three trial runs per method (README, "What is compared").
+# Learning rates are those of the best return of three (persistent) or two (official) trial runs per method (NOTES.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p out/comparison results/comparison
@@ -28,7 +28,9 @@ run() {
 }
 export -f run
 
-for world in rebuilt persistent; do python train_cc.py --eval_only --world $world; done  # builds the tiny bases
+for world in rebuilt persistent; do  # builds the tiny bases
+    python train_cc.py --eval_only --world $world --out_dir out/comparison/base-$world
+done
 for seed in 1 2 3 4 5; do
     for setting in one official persistent; do
         for method in cc dc group none grpo cc1; do echo $setting $method $seed; done

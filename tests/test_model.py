@@ -475,6 +475,16 @@ def test_micro_batches_keep_episodes_together_and_turn_them_round():
     assert micro_batches([b, c, a], lambda turn: turn.prompts[0], 3) == [[(a, 1), (a, 0), (c, 1)], [(c, 0), (b, 0)]]
 
 
+def test_ranks_share_the_episodes_of_a_minibatch(monkeypatch):
+    a, b, shares = played([1], 0, 0), played([2], 0), []
+    monkeypatch.setattr(model.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(model.dist, "get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(model.dist, "get_rank", lambda: rank)
+        shares.append(micro_batches([b, a], lambda turn: turn.prompts[0], 8))
+    assert shares == [[], [[(a, 1), (a, 0)]], [[(b, 0)]]]  # fewer episodes than ranks
+
+
 def test_td_targets_with_lam_one_are_discounted_returns():
     rng = random.Random(0)
     rewards, values = [rng.gauss(0, 1) for _ in range(5)], [rng.gauss(0, 1) for _ in range(5)]

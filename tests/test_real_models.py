@@ -236,7 +236,9 @@ def test_a_compiled_update_is_the_same(llm, monkeypatch):
 @pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
 def test_two_ranks_are_one_rank_with_twice_the_episodes(script, train, workplace, llm):
     """Step by step the same rewards, losses and gradients; then the same agents, saved once."""
-    arguments = ["--model", llm("Qwen3"), "--steps", 2, "--minibatches", 2] + ["--group_size", 3] * (script == "train_mc.py")
+    arguments = ["--minibatches", 2] + (
+        ["--model", llm("Qwen3"), "--group_size", 3, "--steps", 2] if script == "train_mc.py" else  # targets need turns
+        ["--model", workplace.tiny, "--task", "strbuild", "--num_turns", 2, "--steps", 1])
     one = train(f"one-{script}", script, *arguments, "--batch_size", 12)
     port = socket.create_server(("localhost", 0)).getsockname()[1]
     ranks = [workplace.start(script, *SMALL, *arguments, "--out_dir", f"two-{script}", environment={
@@ -245,13 +247,15 @@ def test_two_ranks_are_one_rank_with_twice_the_episodes(script, train, workplace
     for run in ranks:
         run.process.join(120)
         assert run.process.exitcode == 0, run.err.read_text()[-2000:]
-    assert "step 2" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
+    assert "step 1" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
     two = workplace.folder / f"two-{script}"
     for left, right in zip(train_lines(one), train_lines(two), strict=True):
         for key, value in left.items():
             assert right[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
     before, after = all_agents(one), all_agents(two)
-    assert before.keys() == after.keys() and all(torch.allclose(before[key], after[key], atol=1e-3) for key in before)
+    assert before.keys() == after.keys()
+    left, right = (torch.cat([weights[key].flatten() for key in before]) for weights in (before, after))
+    assert (left - right).norm() < 0.01 * left.norm()  # Adam makes steps of rounding errors where a gradient is 0
     assert sum("eval/score" in line for line in (two / "log.jsonl").read_text().splitlines()) == 2  # one rank writes
 
 

@@ -236,6 +236,18 @@ def test_values_are_those_before_the_critic_learned_from_an_episode(inside, micr
     assert run["stats"]["value/explained_variance_by_turn"] == pytest.approx([0, 0], abs=1e-4)
 
 
+@pytest.mark.parametrize("script", SCRIPTS[:2])
+def test_the_value_loss_of_an_untrained_critic_by_hand(inside, script):
+    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--lam", 0.5)
+    losses = []
+    for critic in run["critics"]:
+        mean, std = critic.mean.tolist(), critic.std.tolist()  # what it says before it has learned; its unit
+        for e in run["episodes"]:
+            targets, _ = td_targets(e.rewards, mean[:len(e.turns)], 0.9, 0.5)
+            losses += [((mean[t] - target) / std[t]) ** 2 for t, target in enumerate(targets)]
+    assert run["stats"]["loss/value"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+
+
 @pytest.mark.parametrize("baseline", ["group", "loo", "none"])
 def test_monte_carlo_advantages_by_hand(inside, baseline):
     episodes = inside("train_mc.py", "--steps", 1, "--baseline", baseline, "--group_size", 2)["episodes"]
@@ -256,7 +268,7 @@ def test_a_group_plays_one_item_and_is_learned_from_together(inside, script):
     run = inside(script, "--steps", 1, "--group_size", 2, "--minibatches", 2)
     episodes = run["episodes"]
     assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
-    parts = run["minibatches"](episodes)
+    parts = run["minibatches"](episodes, 2, 2, run["rng"])
     assert sorted([id(e) for e in part] for part in parts) == sorted([list(map(id, episodes[:2])), list(map(id, episodes[2:]))])
 
 
