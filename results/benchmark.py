@@ -127,7 +127,7 @@ def ours(job):
     import tasks
     from critic import Critic
     from model import LanguageModel, memory_gb
-    steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, how many tokens are new; rollout: answers)
+    steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, new tokens; rollout: answers)
     tasks.TASKS["bench"] = bench = bench_task(job["words"])
     bench.judge_all = timed(seconds, "scoring", bench.judge_all)
 

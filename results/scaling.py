@@ -5,8 +5,8 @@ What a step costs: arithmetic and memory as formulas, checked by measurements on
     python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
 
 N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
-output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (p and h count a
-beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics.
+output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (p and h count
+a beginning that turns or a group's answers share once); there are n agents, T turns, B episodes, K critics.
 A product of matrices costs 2 operations per weight and token; adapters and attention scores are left out (they are a
 few percent as long as p + L is small against the model's width x layers).
 
@@ -16,8 +16,8 @@ few percent as long as p + L is small against the model's width x layers).
     with --gradient_checkpointing every update also computes its forward a second time: 6 N instead of 4 N
     a full fine-tuning would need gradients of weights as well: again 6 N instead of 4 N
 
-Memory of one GPU: the frozen base (2 bytes a weight in bf16), n + K adapters with AdamW (16 bytes a weight in fp32: weight,
-gradient, two moments), and the larger one of
+Memory of one GPU: the frozen base (2 bytes a weight in bf16), n + K adapters with AdamW (16 bytes a weight in fp32:
+weight, gradient, two moments), and the larger one of
     rollout   the KV cache: n B (p + L) x layers x 2 x KV heads x head width x 2 bytes, and as much per token of the
               first turn's prompts, which are kept for the later turns
     update    micro_batch rows: (p + L) x what a layer keeps for the backward pass x layers, or with checkpointing
