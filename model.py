@@ -563,7 +563,7 @@ class LanguageModel:
             out.append(base)
         return torch.cat(out).view(y.shape) if len(out) > 1 else out[0]
 
-    def rows(self, names):
+    def set_rows(self, names):
         """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
         self.groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
 
@@ -631,7 +631,7 @@ class LanguageModel:
                 if self.kernel_mask:
                     prompt, written = mask[:, None, :P].expand(-1, G, -1), own[:, :G * t].expand(len(row), -1, -1)
                     attend = torch.cat([prompt, written], 2)[:, None]  # (B / G, 1, G, P + G t)
-                self.rows(names)
+                self.set_rows(names)
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
                                         past_key_values=cache, logits_to_keep=G).logits
             logp = (logits.float() / temperature).log_softmax(-1)
@@ -687,7 +687,7 @@ class LanguageModel:
             for layer, parts in enumerate(zip(*states)):
                 cache.update(*map(torch.cat, zip(*parts)), layer)
         else:
-            self.rows(names)
+            self.set_rows(names)
             ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)
             position = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
             logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
@@ -717,7 +717,7 @@ class LanguageModel:
             inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
             wanted = row.wanted  # (N,), where several sequences may want the same token
         else:
-            self.rows(names)
+            self.set_rows(names)
             inputs = {"input_ids": torch.tensor(padded(sequences, self.pad), device=self.device)}  # (B, T)
             T = inputs["input_ids"].shape[1]
             wanted = torch.tensor([b * T + t for b, (s, start) in enumerate(zip(sequences, first))

@@ -73,7 +73,7 @@ def kept_by_a_layer(shape, tokens=128):
         lm.causal_lm.requires_grad_(False)
         lm.peft, lm.rank, lm.folded, lm.small = None, 16, {}, False
         lm.add_adapter("agent_0")
-        lm.rows(["agent_0"])
+        lm.set_rows(["agent_0"])
         fixed = {p.untyped_storage().data_ptr() for p in lm.causal_lm.parameters()}
         saved = {}
 

@@ -324,7 +324,7 @@ def test_sampling_follows_the_probabilities(workplace):
     generator = torch.Generator().manual_seed(0)
     for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5)]:
         with torch.no_grad():
-            lm.rows(["agent_0"])
+            lm.set_rows(["agent_0"])
             logits = lm.causal_lm(input_ids=torch.tensor([prompt])).logits[0, -1]
         p = (logits / temperature).softmax(-1)
         if top_p < 1:  # the fewest most likely tokens that reach top_p
