@@ -85,8 +85,6 @@ group.add_argument("--overwrite", action="store_true", help="delete the run in o
 group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
-
-
 args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
@@ -248,12 +246,12 @@ def update_critics(episodes):
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):
             histories = sum(len(e.turns) for e in part)
             for batch in micro_batches(part, lambda turn: turn.critic_inputs[c], args.micro_batch):
-                turns = [t for _, t in batch]
-                values = critic([e.turns[t].critic_inputs[c] for e, t in batch], turns)  # (B,)
+                at = [t for _, t in batch]  # turn numbers
+                values = critic([e.turns[t].critic_inputs[c] for e, t in batch], at)  # (B,)
                 for (e, t), value in zip(batch, values.tolist()):
                     e.turns[t].values.setdefault(c, value)  # not what it says in later passes: it has learned from this
                 targets = torch.tensor([td(e, c, t)[0][0] for e, t in batch], device=args.device)  # (B,)
-                loss = (((values - targets) / critic.std[turns]) ** 2).sum() / histories
+                loss = (((values - targets) / critic.std[at]) ** 2).sum() / histories
                 loss.backward()
                 total += loss.item()
             optimizer_step(critic_optimizer, critic.weights)

@@ -83,8 +83,6 @@ group.add_argument("--overwrite", action="store_true", help="delete the run in o
 group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
-
-
 args.algorithm = ALGORITHM
 try:  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
