@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of the README's comparison: three settings, six methods, five seeds; 64 joint actions a step everywhere.
-# Two runs at a time on one thread each, about 90 minutes on 2 cores. Then: python results/compare.py
+# Two runs at a time on one thread each, 27 minutes on 2 cores. Then: python results/compare.py
 # Learning rates are those of the best return of three (persistent) or two (official) trial runs per method (NOTES.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
