@@ -37,6 +37,7 @@ next turn: each agent gets its own answer back and is told which cells belong to
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import glob
 import itertools
@@ -122,6 +123,17 @@ def history(task, episode, agent):
 def paid(reward, task, turn, done):
     """r_t of this turn: the reward itself, or, with a sparse reward, 0 in every turn but the episode's last."""
     return reward if task.reward == "dense" or done or turn + 1 == task.num_turns else 0.0
+
+
+@contextlib.contextmanager
+def refusing(parser):
+    """What is wrong in this block ends the script: one sentence, exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except ImportError as error:
+        parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
 
 
 def minibatches(episodes, group_size, number, rng):

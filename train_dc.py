@@ -35,7 +35,7 @@ from tqdm import tqdm
 from critic import Critic, explained, td_targets
 from model import check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches, optimizer_step
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   mean, minibatches, open_run_folder, summary, write_atomic)
+                   mean, minibatches, open_run_folder, refusing, summary, write_atomic)
 
 ALGORITHM = "dc"
 
@@ -86,7 +86,7 @@ group.add_argument("--eval_only", action="store_true", help="evaluate the run in
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
 args.algorithm = ALGORITHM
-try:  # everything a person can get wrong is found before anything is built or loaded
+with refusing(parser):  # everything a person can get wrong is found before anything is built or loaded
     check_ranges(args)
     rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
@@ -98,10 +98,6 @@ try:  # everything a person can get wrong is found before anything is built or l
     check_run_folder(args)
     if args.wandb:
         import wandb
-except ValueError as error:
-    parser.exit(2, f"error: {error}\n")
-except ImportError:
-    parser.exit(2, "error: --wandb needs the package: pip install wandb\n")
 print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
@@ -109,11 +105,9 @@ print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
 torch.set_num_threads(args.threads or torch.get_num_threads())
-try:
+with refusing(parser):
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
                       args.gradient_checkpointing, args.compile)  # per agent; builds the tiny base if there is none
-except ValueError as error:
-    parser.exit(2, f"error: {error}\n")
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
@@ -145,12 +139,10 @@ log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(arg
 saved = None
 if (args.resume or args.eval_only) and os.path.exists(state_path):
     saved = torch.load(state_path, map_location=args.device, weights_only=False)
-    try:
+    with refusing(parser):
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
     progress |= saved["progress"]
     print(f"{args.out_dir} was saved at step {progress['step']}")
 if saved and args.resume:
@@ -184,7 +176,6 @@ def log(line):
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
 
-
 def rollout(items, generator):
     """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
@@ -210,7 +201,6 @@ def rollout(items, generator):
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
-
 def td(e, c, t=0):
     """(targets, advantages) of the turns t, t + 1, ... of an episode, two lists; critic c has said V of these turns."""
     return td_targets(e.rewards[t:], [turn.values[c] for turn in e.turns[t:]], args.gamma, args.lam)
@@ -230,7 +220,6 @@ def set_advantages(episodes):
     return explained([e.returns(args.gamma) for e in episodes] * len(critics), values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
-
 
 def update_critics(episodes):
     """Steps 2 and 4: squared error to the targets, in units of the returns' variance at that turn.
@@ -289,7 +278,6 @@ def update_actors(episodes):
             "policy/grad_norm": mean(norms)}
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
-
 
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
