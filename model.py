@@ -396,6 +396,8 @@ class Packed:
     @staticmethod
     def attention(module, query, key, value, attention_mask, sliding_window=None, **options):
         """Attention for transformers: as it is, by torch's kernel, or of the row under way (mask: Packed.SIGN)."""
+        if getattr(module, "kept", None):
+            return one_more(module, query, key, value, attention_mask, sliding_window, options.get("scaling"))
         if attention_mask is not Packed.SIGN:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         (calls, place), outputs = Packed.now.plans[module is Packed.now.last], []
@@ -410,6 +412,24 @@ class Packed:
         return torch.cat(outputs).index_select(0, place)[None], None  # (1, N, heads, D)
 
 
+def one_more(module, query, key, value, attention_mask, sliding_window, scale):
+    """Attention of each row's next tokens, whose keys and values go to a place in memory that stays (see write_on).
+
+    module.kept: keys, values (R, KV heads, L, D) and the columns (G,) where the new ones, (R, KV heads, G, D), go;
+    attention_mask: (R, 1, G, L), 0 or -inf. Heads that share keys are more queries to them, so no key is repeated.
+    """
+    keys, values, at = module.kept
+    keys.index_copy_(2, at, key)
+    values.index_copy_(2, at, value)
+    if sliding_window:
+        behind = torch.arange(keys.shape[2], device=at.device) <= at[-1] - sliding_window
+        attention_mask = attention_mask.masked_fill(behind, -math.inf)
+    (R, heads, G, D), shared = query.shape, query.shape[1] // keys.shape[1]
+    mask = attention_mask.expand(-1, shared, -1, -1).reshape(R, 1, shared * G, -1)
+    out = F.scaled_dot_product_attention(query.reshape(R, -1, shared * G, D), keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(R, heads, G, D).transpose(1, 2).contiguous(), None
+
+
 Packed.SIGN = torch.zeros(1, 1, 1, 1)
 AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
@@ -419,6 +439,19 @@ def padded(rows, filler):
     """Lists of one length: [[1, 2], [3]] and filler 0 give [[1, 2], [3, 0]]."""
     length = max(map(len, rows))
     return [list(row) + [filler] * (length - len(row)) for row in rows]
+
+
+def sample(logits, luck, temperature, top_p):
+    """Tokens and log-probabilities (.., G) for logits (.., G, V) and one random number in [0, 1) each (.., G)."""
+    logp = (logits.float() / temperature).log_softmax(-1)
+    kept = logp.exp()
+    if top_p < 1:
+        ordered, order = kept.sort(-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+        kept = torch.zeros_like(kept).scatter_(-1, order, ordered)
+    edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number a token, not V
+    token = torch.searchsorted(edges, luck[..., None] * edges[..., -1:], right=True).clamp(max=logp.shape[-1] - 1)
+    return token[..., 0], logp.gather(-1, token)[..., 0]
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -441,6 +474,22 @@ class FoldedLinear(torch.autograd.Function):
         grad_A = ctx.scale * ((grads @ B).t() @ rows)
         grad_B = ctx.scale * (grads.t() @ F.linear(rows, A))
         return grad_x, None, None, grad_A, grad_B, None
+
+
+def lora_forward(layer, x):
+    """y = x W + scale (x A) B, where every row of x has its own A and B; x: (B, T, inputs).
+
+    PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in every
+    layer. Here all adapters' A are one matrix, and of x A each row keeps what its own adapter gave: three products.
+    """
+    y = layer.base_layer(x)
+    if layer.adapters is None:
+        return y
+    A, B, select = layer.adapters  # (n x rank, inputs), (n x rank, outputs)
+    low = F.linear(x, A)
+    if select is not None:
+        low = low * select
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=layer.scale).view(y.shape)
 
 
 class LanguageModel:
@@ -483,6 +532,7 @@ class LanguageModel:
                       and not compiled)
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
+        self.stays = self.packs and device.startswith("cuda")  # answers are written by write_on
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
         # the last layer works only where its output is read
@@ -509,13 +559,14 @@ class LanguageModel:
             self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
         else:
             self.peft.add_adapter(name, config)
-        for layer in self.lora_layers():
-            layer.forward = types.MethodType(self.lora_forward, layer)
         parameters = [p for key, p in self.causal_lm.named_parameters() if f".{name}." in key]
         for p in parameters:
             p.requires_grad_(True)
             p.data = p.data.float()
         self.small &= all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers())  # not GPT-2's
+        for layer in self.lora_layers():
+            layer.scale = layer.scaling[name]  # the same for all
+            layer.forward = types.MethodType(self.small_forward if self.small else lora_forward, layer)
         return parameters
 
     def check_base(self, folder):
@@ -531,41 +582,40 @@ class LanguageModel:
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
 
-    def lora_forward(self, layer, x):
-        """y = x W + scale (x A) B, each group of rows with its own A and B.
-
-        PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in
-        every layer; here the base's matrix product is shared and each group adds its own small ones.
-        """
-        def split(x):
-            if len(self.groups) == 1:
-                return [x]
-            x = x.flatten(0, -2)
-            times = len(x) // sum(rows for _, rows in self.groups)  # tokens per row
-            return x.split([rows * times for _, rows in self.groups])
-
+    def small_forward(self, layer, x):
+        """lora_forward for models whose W is cheap to copy: one matrix W + scale B A instead of three."""
         name = self.groups[0][0]
-        if self.small and not self.folded and len(self.groups) == 1 and name is not None:
+        if len(self.groups) == 1 and name is not None:
+            if self.folded:
+                return F.linear(x, self.folded[name][layer], layer.base_layer.bias)
             return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight,
                                       layer.lora_B[name].weight, layer.scaling[name])
-        if self.folded:
-            out = [F.linear(rows, self.folded[name][layer], layer.base_layer.bias)
-                   for (name, _), rows in zip(self.groups, split(x))]
-            return torch.cat(out).view(*x.shape[:-1], -1) if len(out) > 1 else out[0]
-        y = layer.base_layer(x)
-        out = []
-        for (name, _), rows, base in zip(self.groups, split(x), split(y)):
-            if name is not None:  # None: the base alone
-                # products in the base's precision, or an fp32 copy of every input would be kept for the backward pass
-                A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
-                low = F.linear(rows, A).flatten(0, -2)  # (rows x T, rank)
-                base = torch.addmm(base.flatten(0, -2), low, B.t(), alpha=layer.scaling[name]).view(base.shape)
-            out.append(base)
-        return torch.cat(out).view(y.shape) if len(out) > 1 else out[0]
+        if not self.folded:
+            return lora_forward(layer, x)
+        rows = x.flatten(0, -2)
+        times = len(rows) // sum(rows for _, rows in self.groups)  # tokens per row
+        return torch.cat([F.linear(part, self.folded[name][layer], layer.base_layer.bias) for (name, _), part in zip(
+            self.groups, rows.split([rows * times for _, rows in self.groups]))]).view(*x.shape[:-1], -1)
 
     def set_rows(self, names):
         """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
-        self.groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
+        self.set_groups([(name, len(list(group))) for name, group in itertools.groupby(names)])
+
+    def set_groups(self, groups, packed=False):
+        """The same for groups of rows, (adapter or None for the base alone, how many), or of tokens in one row."""
+        self.groups = groups
+        if self.folded:
+            return
+        names, select = [name for name, _ in groups if name is not None], None
+        if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter
+            select = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
+            select = select.to(self.device, self.causal_lm.dtype)[None if packed else slice(None), slice(None) if packed else None]
+        for layer in self.lora_layers():
+            layer.adapters = None
+            if names:  # in the base's precision, or an fp32 copy of every input would be kept for the backward pass
+                A, B = ([getattr(layer, key)[name].weight for name in names] for key in ("lora_A", "lora_B"))
+                A, B = (torch.cat(x, dim) if len(x) > 1 else x[0] for x, dim in ((A, 0), (B, 1)))
+                layer.adapters = A.to(self.causal_lm.dtype), B.to(self.causal_lm.dtype).t(), select
 
     @torch.no_grad()
     def fold(self, names):
@@ -634,21 +684,16 @@ class LanguageModel:
                 self.set_rows(names)
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
                                         past_key_values=cache, logits_to_keep=G).logits
-            logp = (logits.float() / temperature).log_softmax(-1)
-            kept = logp.exp()
-            if top_p < 1:
-                ordered, order = kept.sort(-1, descending=True)
-                ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
-                kept = torch.zeros_like(kept).scatter_(-1, order, ordered)
-            edges = kept.cumsum(-1)  # inverse of the cumulative distribution: one random number an answer, not V
-            token = torch.searchsorted(edges, luck[row, t, None] * edges[..., -1:], right=True)  # (B / G, G, 1)
-            token = token.clamp(max=logp.shape[-1] - 1)
-            ids, position = token[..., 0], position + 1
+            ids, logp = sample(logits, luck[row, t], temperature, top_p)
+            position = position + 1
             tokens[row[alive], t] = ids[alive]
-            logps[row[alive], t] = logp.gather(-1, token)[..., 0][alive]
+            logps[row[alive], t] = logp[alive]
             alive &= ids != self.end
             busy = alive.any(1)
             if not busy.any():
+                break
+            if self.stays:
+                self.write_on(names, cache, mask[:, :P], ids, position, alive, luck, tokens, logps, temperature, top_p)
                 break
             if busy.float().mean() < 0.9:  # drop what is finished; copying the cache for each single one costs more
                 keep = busy.nonzero()[:, 0]
@@ -659,6 +704,52 @@ class LanguageModel:
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
+
+    def write_on(self, names, cache, mask, ids, position, alive, luck, tokens, logps, temperature, top_p):
+        """What generate does from the second token on, in memory that stays, so that a GPU can repeat it by itself.
+
+        Launching thousands of small operations per token takes a CPU many times as long as they take; a CUDA graph
+        launches them at once. Rows that have finished go on to the end; the weights are read once for all rows.
+        mask: (R, P); ids, alive: (R, G); luck, tokens, logps: (R x G, longest answer); position: (R, 1).
+        """
+        (R, G), P, T, dtype = ids.shape, mask.shape[1], luck.shape[1], self.causal_lm.dtype
+        L = -(-(P + G * T) // 8) * 8  # attention wants a multiple of 8
+        columns, at = torch.arange(L, device=ids.device), torch.arange(P, P + G, device=ids.device)
+        allowed = F.pad(mask[:, None].expand(-1, G, -1), (0, L - P))  # (R, G, L): own prompt and own tokens
+        allowed |= (columns >= P) & ((columns - P) % G == torch.arange(G, device=ids.device)[:, None])
+        attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
+        for module in attentions:
+            layer = cache.layers[module.layer_idx]
+            module.kept = [*(F.pad(x, (0, 0, 0, L - P)) for x in (layer.keys, layer.values)), at]
+            layer.keys = layer.values = layer.room = None
+        t, position = torch.ones(1, dtype=torch.long, device=ids.device), position.expand(-1, G).clone()
+
+        def step():
+            attend = torch.zeros(R, 1, G, L, dtype=dtype, device=ids.device)
+            attend.masked_fill_(~(allowed & (columns <= at[-1]))[:, None], -math.inf)
+            logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=False,
+                                    logits_to_keep=G).logits
+            token, logp = sample(logits, luck.index_select(1, t).view(R, G), temperature, top_p)
+            tokens.index_copy_(1, t, torch.where(alive, token, -1).view(-1, 1))
+            logps.index_copy_(1, t, torch.where(alive, logp, 0.0).view(-1, 1))
+            ids.copy_(token)
+            alive.logical_and_(token != self.end)
+            for counter, step in ((position, 1), (at, G), (t, 1)):
+                counter.add_(step)
+
+        self.set_rows(names)
+        repeat = step
+        for k in range(1, T):
+            repeat()
+            if k == 1 and ids.is_cuda:  # the first time was also to warm up
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                repeat = graph.replay
+            if k % 16 == 0 and not alive.any():
+                break
+        for module in attentions:
+            module.kept = None
 
     def prefill(self, names, prompts, mask, cache, rows, memory):
         """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
@@ -697,7 +788,8 @@ class LanguageModel:
     def pack(self, names, sequences, first, known=None):
         """Make these sequences the row under way."""
         Packed.now = row = Packed(names, sequences, first, self.device, known)
-        row.last, self.groups, self.wanted = self.last_attention, list(row.groups.items()), row.wanted.unique()
+        row.last, self.wanted = self.last_attention, row.wanted.unique()
+        self.set_groups(list(row.groups.items()), packed=True)
         return row
 
     def last_mlp(self, x):
