@@ -523,18 +523,16 @@ class LanguageModel:
         self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
         some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
-        # compiled for updates; sampling, whose shapes change with every token, stays as it is
         self.backbone = self.causal_lm.base_model
-        if compiled:
-            self.backbone = torch.compile(self.backbone, dynamic=True)
         # models whose attention can be replaced read rows without padding and shared beginnings once
-        self.packs = (config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
-                      and not compiled)
+        self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
-        self.stays = self.packs and device.startswith("cuda")  # answers are written by write_on
+        self.stays = self.packs and (device.startswith("cuda") or compiled)  # answers are written by write_on
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
-        last = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[-1]
+        layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers if compiled]
+        last = layers[-1]
         # the last layer works only where its output is read
         self.last_attention = next((m for m in last.children() if getattr(m, "layer_idx", None) is not None), None)
         mlp = getattr(last, "mlp", None)
@@ -718,10 +716,9 @@ class LanguageModel:
         allowed = F.pad(mask[:, None].expand(-1, G, -1), (0, L - P))  # (R, G, L): own prompt and own tokens
         allowed |= (columns >= P) & ((columns - P) % G == torch.arange(G, device=ids.device)[:, None])
         attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
+        kept = [[*(F.pad(x, (0, 0, 0, L - P)) for x in (layer.keys, layer.values)), at] for layer in cache.layers]
         for module in attentions:
-            layer = cache.layers[module.layer_idx]
-            module.kept = [*(F.pad(x, (0, 0, 0, L - P)) for x in (layer.keys, layer.values)), at]
-            layer.keys = layer.values = layer.room = None
+            module.kept = kept[module.layer_idx]
         t, position = torch.ones(1, dtype=torch.long, device=ids.device), position.expand(-1, G).clone()
 
         def step():
@@ -738,6 +735,8 @@ class LanguageModel:
                 counter.add_(step)
 
         self.set_rows(names)
+        for layer, forward in self.compiled:
+            layer.forward = forward
         repeat = step
         for k in range(1, T):
             repeat()
@@ -750,6 +749,8 @@ class LanguageModel:
                 break
         for module in attentions:
             module.kept = None
+        for layer, _ in self.compiled:
+            del layer.forward
 
     def prefill(self, names, prompts, mask, cache, rows, memory):
         """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
@@ -804,7 +805,7 @@ class LanguageModel:
 
         Where beginnings cannot be shared, rows are padded on the right, where causal attention needs no mask.
         """
-        if self.packs:
+        if self.packs and self.device == "cpu":  # flash attention of padded rows is faster on a GPU
             row = self.pack(names, sequences, first)
             inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
             wanted = row.wanted  # (N,), where several sequences may want the same token

@@ -40,6 +40,7 @@ AGENTS, SPECIAL = 2, ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
 TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
+LARGE = {"episodes": 32, "words": 40, "tokens": 96, "steps": 2}  # on a GPU
 SMALL = {"episodes": 8, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
 # answers: of a prompt, when there is a single turn; update: an agent's answers that ours learns from at once
 AS_PEER = {"answers": 4, "update": 8, "passes": 1}
@@ -157,7 +158,8 @@ def ours(job):
     ranks = job.get("ranks", 1)
     train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"] // ranks,
                  num_turns=job["turns"], max_new_tokens=job["tokens"], steps=job["steps"] + 1,
-                 threads=max(1, job["threads"] // ranks), save_every=1000, device="cpu", out_dir=job["out"], **more)
+                 threads=max(1, job["threads"] // ranks), save_every=1000, device=job["device"], out_dir=job["out"],
+                 **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
     steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations
@@ -167,7 +169,7 @@ def ours(job):
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
             "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
-            "memory": ranks * memory_gb("cpu")} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
+            "memory": ranks * memory_gb(job["device"])} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
 
 
 def floor(folder, calls):
@@ -208,7 +210,7 @@ def floor(folder, calls):
 # --- the peer ---------------------------------------------------------------------------------------------------------
 
 
-def peer_trainer(task, folder, algorithm, seconds, lr, **settings):
+def peer_trainer(task, folder, algorithm, seconds, lr, dtype="float32", **settings):
     """The peer's trainer on a task of ours: our prompts, our judge as its reward and its feedback between turns."""
     from comlrl import trainers
     from transformers import AutoTokenizer
@@ -230,7 +232,7 @@ def peer_trainer(task, folder, algorithm, seconds, lr, **settings):
 
     critic = algorithm != "mc"
     return prompts, tokenizer, getattr(trainers, TRAINERS[algorithm] + "Trainer")(
-        agent_model=folder, tokenizer=tokenizer, model_config={"dtype": "float32"},
+        agent_model=folder, tokenizer=tokenizer, model_config={"dtype": dtype},
         reward_func=timed(seconds, "scoring", reward), external_transition=transition,
         formatters=[lambda item, agent=agent: prompts(task.train_items[int(item["prompt"])])[agent]
                     for agent in range(AGENTS)],
@@ -254,7 +256,7 @@ def peer(job):
     G = job["answers"] if T == 1 else 2 if tree else 1
     leaves, answers = (G ** T, sum(G ** t for t in range(1, T + 1))) if tree else (G, G * T)  # of one item
     _, _, trainer = peer_trainer(bench_task(job["words"])(AGENTS, T), job["model"], job["algorithm"], seconds, 5e-6,
-                                 num_generations=G, max_new_tokens=job["tokens"], early_termination_threshold=None)
+                                 "bfloat16" if job["device"] == "cuda" else "float32", num_generations=G, max_new_tokens=job["tokens"], early_termination_threshold=None)
     critics, backward, losses = getattr(trainer, "critics", []), torch.Tensor.backward, []
     for agent in trainer.agents:
         agent.generate = timed(seconds, "rollout", agent.generate)
@@ -266,13 +268,15 @@ def peer(job):
         timed(seconds, "critic" if critics and len(losses) % 2 == 0 else "actor", backward)(loss)
 
     torch.Tensor.backward = watched_backward
-    train(trainer, range(2))
+    train(trainer, range(1 if job["device"] == "cuda" else 2))
     seconds.update(dict.fromkeys(seconds, 0.0))
     items = max(2, job["episodes"] // (leaves if T == 1 or tree else 4 * G))  # over turns cc and dc take long
+    if job["device"] == "cuda":  # one answer takes it seconds
+        items = max(1, 8 // answers)
     timed(seconds, "all", train)(trainer, range(2, 2 + items))
     parts = {part: seconds.get(part, 0.0) for part in PARTS[:3]}
     return parts | {"update": seconds["all"] - sum(parts.values()), "seconds": seconds["all"],
-                    "memory": memory_gb("cpu"), "episodes": items * leaves, "answers": items * answers}
+                    "memory": memory_gb(job["device"]), "episodes": items * leaves, "answers": items * answers}
 
 # --- training to a score ----------------------------------------------------------------------------------------------
 
@@ -339,7 +343,7 @@ def peer_to_score(job):
 
 def run_job(function, **job):
     """Call one of the functions above in a process of its own; returns what it returns."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "CUDA_VISIBLE_DEVICES": "",
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), **({"CUDA_VISIBLE_DEVICES": ""} if job.get("device") != "cuda" else {}),
                                 "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     with tempfile.TemporaryDirectory() as folder:
         job |= {"out": os.path.join(folder, "run"), "result": os.path.join(folder, "result.json")}
@@ -359,14 +363,19 @@ def table(*rows):
 
 
 def speed(args, folder):
-    size, results = SMALL if args.small else NORMAL, {}
-    build_model(folder, size["width"], size["layers"])
+    size, results = SMALL if args.small else LARGE if args.device == "cuda" else NORMAL, {}
+    if args.model:
+        folder = args.model
+    else:
+        build_model(folder, size["width"], size["layers"])
     for repeat in range(args.repeat):
         for algorithm, turns, side in itertools.product(args.algorithms, args.turns, SIDES):
-            if side[:4] not in args.only or "16" in side and (turns > 1 or args.small):
+            if side[:4] not in args.only or "16" in side and (turns > 1 or args.small) or args.device == "cuda" and (
+                    side not in ("peer", "ours, as the peer")):
                 continue
             result = run_job(side[:4], algorithm=algorithm, turns=turns, model=folder, threads=args.threads, **size,
-                             floor=repeat == 0 and "ranks" not in SIDES[side], **SIDES[side])
+                             device=args.device, floor=repeat == 0 and "ranks" not in SIDES[side] and not args.model,
+                             **SIDES[side])
             results.setdefault((algorithm, turns, side), []).append(result)
             print(f"{algorithm}, {turns} turns, {side}: {result['episodes'] / result['seconds']:.2f} episodes/s",
                   file=sys.stderr)
@@ -422,6 +431,8 @@ def main():
     parser.add_argument("--turns", nargs="+", type=int, default=[1, 4], help="default 1 4")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda, one GPU")
+    parser.add_argument("--model", help="a model folder (results/scaling.py --build) instead of the small Llama")
     parser.add_argument("--small", action="store_true", help="a toy of everything, once, to see whether it works")
     parser.add_argument("--to_score", type=float, help="train to this held-out score of strbuild instead")
     parser.add_argument("--cap_s", type=float, default=1200, help="longest training in seconds (default 1200)")
@@ -433,6 +444,8 @@ def main():
     args = parser.parse_args()
     if any(setting.count("=") != 1 for setting in args.our_settings.split()):
         parser.error(f"--our_settings must be NAME=VALUE with spaces between, not {args.our_settings!r}.")
+    if (args.model is None) == (args.device == "cuda"):
+        parser.error("--device cuda and --model belong together: the small Llama is for CPUs.")
     if args.peer_buffer < 4:
         parser.error("--peer_buffer must be 4 or more: an episode has four answers of an agent.")
     if args.job:

@@ -28,6 +28,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import runpy
 import statistics
 import sys
@@ -50,6 +51,41 @@ def config_of(shape, layers=None, vocabulary=None):
     return Qwen3Config(hidden_size=width, num_hidden_layers=layers or deep, num_attention_heads=heads,
                        num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp, vocab_size=vocabulary or words,
                        tie_word_embeddings=tied, max_position_embeddings=8192)
+
+
+def build(name, folder):
+    """A model folder of a real LLM's shape with random bf16 weights, to measure speed and memory without a download.
+
+    Its tokenizer splits strbuild's prompts into words and single digits, as Qwen's does; the rest of the vocabulary are
+    all words of up to three letters, so that a random answer of 512 tokens is read as about 512 tokens next turn.
+    """
+    import base64
+    import itertools
+    import string
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from model import train_bpe
+    from tasks import Episode, get_task, history
+    task = get_task("strbuild")
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ranks = train_bpe([m["content"] for agent in range(2) for m in history(task, Episode(task.eval_items[0]), agent)] + [
+        m["content"] for item in range(50) for m in task.demonstration(random.Random(item))], pattern)
+    for n in (1, 2, 3):
+        for letters in itertools.product(string.ascii_letters, repeat=n):
+            ranks.setdefault((" " + "".join(letters)).encode(), len(ranks))
+    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
+        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        file.flush()
+        fast = TikTokenConverter(vocab_file=file.name, pattern=pattern, extra_special_tokens=[
+            "<|endoftext|>", "<|im_start|>", "<|im_end|>"]).converted()
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")).save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config_of(SHAPES[name]), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
 
 
 def weights(shape, rank=16):
@@ -153,8 +189,13 @@ def measure(arguments):
 def main():
     parser = argparse.ArgumentParser(description="What a step costs, by formula and by measurement.")
     parser.add_argument("--measure", action="store_true", help="check the formulas on small models")
+    parser.add_argument("--build", nargs=2, metavar=("SHAPE", "FOLDER"), help="write such a model with random weights")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.build:
+        if args.build[0] not in SHAPES or os.path.exists(args.build[1]):
+            sys.exit(f"error: choose a shape out of {', '.join(SHAPES)} and a folder that is not there yet.")
+        return build(*args.build)
     if args.one:
         return measure(args.one)
     if args.measure:

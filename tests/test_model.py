@@ -583,3 +583,19 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
         with pytest.raises(ValueError) as error:
             model.check_model(name, 2)
         assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["neox", "qwen3", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path):
+    """What a GPU does is what a CPU does: groups, agents, prompts of any length, sliding windows, answers that end."""
+    lm = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
+    likely_to_end(lm)
+    prompts = [prompt for prompt in prompts_of(lm, 6) for _ in range(2)]
+    names, dice = ["agent_0"] * 6 + ["agent_1"] * 6, luck(12, 40, 5)
+    tokens, logps = lm.generate(names, prompts, dice, 1.0, top_p)
+    lm.stays = True
+    again, others = lm.generate(names, prompts, dice, 1.0, top_p)
+    assert again == tokens and len({len(answer) for answer in tokens}) > 3
+    assert torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(others, [])), atol=1e-4)
+    assert lm.generate(names, prompts, dice[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, dice)[0]]
