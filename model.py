@@ -607,7 +607,8 @@ class LanguageModel:
         names, select = [name for name, _ in groups if name is not None], None
         if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter
             select = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
-            select = select.to(self.device, self.causal_lm.dtype)[None if packed else slice(None), slice(None) if packed else None]
+            select = select.to(self.device, self.causal_lm.dtype)
+            select = select[None] if packed else select[:, None]
         for layer in self.lora_layers():
             layer.adapters = None
             if names:  # in the base's precision, or an fp32 copy of every input would be kept for the backward pass

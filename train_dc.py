@@ -16,7 +16,7 @@ is what the critic says when it first reads a minibatch, having learned from the
 temperature 1.
 
     python train_dc.py --task strbuild                 # CPU, nothing to download
-    python train_dc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # GPU, not run yet: see README
+    python train_dc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
     torchrun --nproc_per_node=2 train_dc.py --threads 1   # two processes or GPUs, twice the episodes per step
     python model.py out/dc-strbuild                    # the trained team at work
 """

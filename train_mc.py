@@ -16,7 +16,7 @@ clipped updates per batch instead of one, at a rate that falls to 0; advantages 
 at temperature 1; G whole episodes per item instead of a tree that branches at every turn; returns are discounted.
 
     python train_mc.py --task strbuild                 # CPU, nothing to download
-    python train_mc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # GPU, not run yet: see README
+    python train_mc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
     torchrun --nproc_per_node=2 train_mc.py --threads 1   # two processes or GPUs, twice the episodes per step
     python model.py out/mc-strbuild                    # the trained team at work
 """
