@@ -17,6 +17,7 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
     pip install comlrl==1.4.3                          # the peer; nothing else in this repository needs it
     python results/benchmark.py                        # 1 and 2
     python results/benchmark.py --small                # a minute: does it work?
+    python results/benchmark.py --model FOLDER         # 1 on a GPU, with a real LLM's shape in bf16
     python results/benchmark.py --to_score 60
 """
 import argparse
@@ -169,7 +170,8 @@ def ours(job):
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
             "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
-            "memory": ranks * memory_gb(job["device"])} | ({"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
+            "memory": ranks * memory_gb(job["device"])} | (
+                {"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
 
 
 def floor(folder, calls):
@@ -256,7 +258,8 @@ def peer(job):
     G = job["answers"] if T == 1 else 2 if tree else 1
     leaves, answers = (G ** T, sum(G ** t for t in range(1, T + 1))) if tree else (G, G * T)  # of one item
     _, _, trainer = peer_trainer(bench_task(job["words"])(AGENTS, T), job["model"], job["algorithm"], seconds, 5e-6,
-                                 "bfloat16" if job["device"] == "cuda" else "float32", num_generations=G, max_new_tokens=job["tokens"], early_termination_threshold=None)
+                                 "bfloat16" if job["device"] == "cuda" else "float32", num_generations=G,
+                                 max_new_tokens=job["tokens"], early_termination_threshold=None)
     critics, backward, losses = getattr(trainer, "critics", []), torch.Tensor.backward, []
     for agent in trainer.agents:
         agent.generate = timed(seconds, "rollout", agent.generate)
@@ -343,8 +346,10 @@ def peer_to_score(job):
 
 def run_job(function, **job):
     """Call one of the functions above in a process of its own; returns what it returns."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), **({"CUDA_VISIBLE_DEVICES": ""} if job.get("device") != "cuda" else {}),
-                                "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+                                "TOKENIZERS_PARALLELISM": "false"}
+    if job.get("device") != "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         job |= {"out": os.path.join(folder, "run"), "result": os.path.join(folder, "result.json")}
         start = ["-m", "torch.distributed.run", f"--nproc_per_node={job['ranks']}"] if "ranks" in job else []
@@ -363,19 +368,18 @@ def table(*rows):
 
 
 def speed(args, folder):
-    size, results = SMALL if args.small else LARGE if args.device == "cuda" else NORMAL, {}
-    if args.model:
-        folder = args.model
-    else:
+    size, results = SMALL if args.small else LARGE if args.model else NORMAL, {}
+    device = "cuda" if args.model else "cpu"
+    if not args.model:
         build_model(folder, size["width"], size["layers"])
     for repeat in range(args.repeat):
         for algorithm, turns, side in itertools.product(args.algorithms, args.turns, SIDES):
-            if side[:4] not in args.only or "16" in side and (turns > 1 or args.small) or args.device == "cuda" and (
+            if side[:4] not in args.only or "16" in side and (turns > 1 or args.small) or args.model and (
                     side not in ("peer", "ours, as the peer")):
                 continue
-            result = run_job(side[:4], algorithm=algorithm, turns=turns, model=folder, threads=args.threads, **size,
-                             device=args.device, floor=repeat == 0 and "ranks" not in SIDES[side] and not args.model,
-                             **SIDES[side])
+            result = run_job(side[:4], algorithm=algorithm, turns=turns, model=args.model or folder, device=device,
+                             floor=repeat == 0 and "ranks" not in SIDES[side] and not args.model,
+                             threads=args.threads, **size, **SIDES[side])
             results.setdefault((algorithm, turns, side), []).append(result)
             print(f"{algorithm}, {turns} turns, {side}: {result['episodes'] / result['seconds']:.2f} episodes/s",
                   file=sys.stderr)
@@ -431,8 +435,7 @@ def main():
     parser.add_argument("--turns", nargs="+", type=int, default=[1, 4], help="default 1 4")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda, one GPU")
-    parser.add_argument("--model", help="a model folder (results/scaling.py --build) instead of the small Llama")
+    parser.add_argument("--model", help="on a GPU: a folder (results/scaling.py --build) instead of the small Llama")
     parser.add_argument("--small", action="store_true", help="a toy of everything, once, to see whether it works")
     parser.add_argument("--to_score", type=float, help="train to this held-out score of strbuild instead")
     parser.add_argument("--cap_s", type=float, default=1200, help="longest training in seconds (default 1200)")
@@ -444,8 +447,8 @@ def main():
     args = parser.parse_args()
     if any(setting.count("=") != 1 for setting in args.our_settings.split()):
         parser.error(f"--our_settings must be NAME=VALUE with spaces between, not {args.our_settings!r}.")
-    if (args.model is None) == (args.device == "cuda"):
-        parser.error("--device cuda and --model belong together: the small Llama is for CPUs.")
+    if args.model and not os.path.isfile(os.path.join(args.model, "config.json")):
+        parser.error(f"{args.model} is not a model folder: it has no config.json.")
     if args.peer_buffer < 4:
         parser.error("--peer_buffer must be 4 or more: an episode has four answers of an agent.")
     if args.job:
