@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from model import LanguageModel
+from tasks import Episode, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 compare = runpy.run_path(str(ROOT / "results" / "compare.py"))
@@ -39,3 +43,16 @@ def test_links_of_the_readme_point_at_the_lines_that_they_name():
     assert len(links) >= 6
     wrong = [link for link in links if link[0] not in (ROOT / link[1]).read_text().splitlines()[int(link[2]) - 1]]
     assert not wrong
+
+
+def test_a_model_of_a_real_shape_reads_and_writes(tmp_path, monkeypatch):
+    """results/scaling.py --build: what it answers is read as about as many tokens in the next turn."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import scaling
+    monkeypatch.setitem(scaling.SHAPES, "small", (32, 1, 2, 1, 16, 64, 151936, True))
+    scaling.build("small", tmp_path / "small")
+    lm, task = LanguageModel(str(tmp_path / "small")), get_task("strbuild")
+    tokens, _ = lm.generate([None], [lm.render(history(task, Episode(task.eval_items[0]), 0))], torch.rand(
+        1, 200, generator=torch.Generator().manual_seed(0)))
+    again = lm.tokenizer(lm.decode(tokens)[0]).input_ids
+    assert len(tokens[0]) == 200 and 150 < len(again) < 400
