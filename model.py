@@ -84,20 +84,24 @@ def train_bpe(texts, pattern):
     return ranks
 
 
+def bpe_tokenizer(ranks, pattern, special, **options):
+    """The tokenizer that transformers loads for what train_bpe returned, with special tokens behind it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
+        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        file.flush()
+        fast = TikTokenConverter(vocab_file=file.name, pattern=pattern, extra_special_tokens=special).converted()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **options)
+
+
 def tiny_tokenizer(task, rng):
     """The byte-level BPE of a task's own text, as tiktoken.Encoding and as the tokenizer that transformers loads."""
     texts = [message["content"] for _ in range(1500) for message in task.demonstration(rng) + task.exercise(rng)]
     ranks = train_bpe(texts, task.pattern)
     encoding = tiktoken.Encoding("tiny", pat_str=task.pattern, mergeable_ranks=ranks,
                                  special_tokens={token: len(ranks) + i for i, token in enumerate(SPECIAL)})
-    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
-        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        file.flush()
-        fast = TikTokenConverter(vocab_file=file.name, pattern=task.pattern,
-                                 extra_special_tokens=encoding._special_tokens).converted()
-    return encoding, PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<|pad|>", eos_token="<|end|>",
-                                             additional_special_tokens=["<|user|>", "<|assistant|>"],
-                                             chat_template=TEMPLATE)
+    return encoding, bpe_tokenizer(ranks, task.pattern, encoding._special_tokens, pad_token="<|pad|>",
+                                   eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"],
+                                   chat_template=TEMPLATE)
 
 
 def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
@@ -587,7 +591,7 @@ class LanguageModel:
             if self.folded:
                 return F.linear(x, self.folded[name][layer], layer.base_layer.bias)
             return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight,
-                                      layer.lora_B[name].weight, layer.scaling[name])
+                                      layer.lora_B[name].weight, layer.scale)
         if not self.folded:
             return lora_forward(layer, x)
         rows = x.flatten(0, -2)
@@ -675,12 +679,12 @@ class LanguageModel:
                 logits, position = self.prefill(names, prompts, mask[:, :P], cache,
                                                 [rows[k:k + G] for k in range(0, len(rows), G)], memory)
                 logits = logits[:, None].expand(-1, G, -1)  # (B / G, G, V)
+                self.set_rows(names)
             else:
                 attend = mask[:, :P + t]
                 if self.kernel_mask:
                     prompt, written = mask[:, None, :P].expand(-1, G, -1), own[:, :G * t].expand(len(row), -1, -1)
                     attend = torch.cat([prompt, written], 2)[:, None]  # (B / G, 1, G, P + G t)
-                self.set_rows(names)
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
                                         past_key_values=cache, logits_to_keep=G).logits
             ids, logp = sample(logits, luck[row, t], temperature, top_p)
@@ -692,19 +696,20 @@ class LanguageModel:
             if not busy.any():
                 break
             if self.stays:
-                self.write_on(names, cache, mask[:, :P], ids, position, alive, luck, tokens, logps, temperature, top_p)
+                self.write_on(cache, mask[:, :P], ids, position, alive, luck, tokens, logps, temperature, top_p)
                 break
             if busy.float().mean() < 0.9:  # drop what is finished; copying the cache for each single one costs more
                 keep = busy.nonzero()[:, 0]
                 row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
                 names = [names[k] for k in keep.tolist()]
                 cache.batch_select_indices(keep)
+                self.set_rows(names)
         self.folded = {}
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def write_on(self, names, cache, mask, ids, position, alive, luck, tokens, logps, temperature, top_p):
+    def write_on(self, cache, mask, ids, position, alive, luck, tokens, logps, temperature, top_p):
         """What generate does from the second token on, in memory that stays, so that a GPU can repeat it by itself.
 
         Launching thousands of small operations per token takes a CPU many times as long as they take; a CUDA graph
@@ -735,7 +740,6 @@ class LanguageModel:
             for counter, step in ((position, 1), (at, G), (t, 1)):
                 counter.add_(step)
 
-        self.set_rows(names)
         for layer, forward in self.compiled:
             layer.forward = forward
         repeat = step

@@ -47,7 +47,7 @@ group.add_argument("--model", default="tiny", help="tiny (built on first use), a
 group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA adapter (default 16)")
 group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2, ... (default: the model's own)")
-group.add_argument("--compile", action="store_true", help="torch.compile what writes answers (GPU; 20 s at first)")
+group.add_argument("--compile", action="store_true", help="torch.compile what writes answers (GPU; slow at first)")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
 group = parser.add_argument_group("task")
 group.add_argument("--task", default="strbuild", help="tldr, arxiv, coophe, strbuild (default), housebuild")

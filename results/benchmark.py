@@ -273,9 +273,10 @@ def peer(job):
     torch.Tensor.backward = watched_backward
     train(trainer, range(1 if job["device"] == "cuda" else 2))
     seconds.update(dict.fromkeys(seconds, 0.0))
-    items = max(2, job["episodes"] // (leaves if T == 1 or tree else 4 * G))  # over turns cc and dc take long
-    if job["device"] == "cuda":  # one answer takes it seconds
+    if job["device"] == "cuda":  # an answer takes seconds: one update
         items = max(1, 8 // answers)
+    else:  # over turns cc and dc take long
+        items = max(2, job["episodes"] // (leaves if T == 1 or tree else 4 * G))
     timed(seconds, "all", train)(trainer, range(2, 2 + items))
     parts = {part: seconds.get(part, 0.0) for part in PARTS[:3]}
     return parts | {"update": seconds["all"] - sum(parts.values()), "seconds": seconds["all"],

@@ -59,12 +59,10 @@ def build(name, folder):
     Its tokenizer splits strbuild's prompts into words and single digits, as Qwen's does; the rest of the vocabulary are
     all words of up to three letters, so that a random answer of 512 tokens is read as about 512 tokens next turn.
     """
-    import base64
     import itertools
     import string
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    from model import train_bpe
+    from transformers import AutoModelForCausalLM
+    from model import bpe_tokenizer, train_bpe
     from tasks import Episode, get_task, history
     task = get_task("strbuild")
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,13 +71,9 @@ def build(name, folder):
     for n in (1, 2, 3):
         for letters in itertools.product(string.ascii_letters, repeat=n):
             ranks.setdefault((" " + "".join(letters)).encode(), len(ranks))
-    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
-        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        file.flush()
-        fast = TikTokenConverter(vocab_file=file.name, pattern=pattern, extra_special_tokens=[
-            "<|endoftext|>", "<|im_start|>", "<|im_end|>"]).converted()
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=(
+    bpe_tokenizer(
+        ranks, pattern, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pad_token="<|endoftext|>",
+        eos_token="<|im_end|>", chat_template=(
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")).save_pretrained(folder)
     torch.manual_seed(0)
