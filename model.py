@@ -484,16 +484,19 @@ def lora_forward(layer, x):
     """y = x W + scale (x A) B, where every row of x has its own A and B; x: (B, T, inputs).
 
     PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in every
-    layer. Here all adapters' A are one matrix, and of x A each row keeps what its own adapter gave: three products.
+    layer. Here all adapters' A are one matrix, and of x A each row keeps what its own adapter gave. Layers that read
+    the same x, such as query, key and value, share that product: the first one makes it for all.
     """
-    y = layer.base_layer(x)
-    if layer.adapters is None:
-        return y
-    A, B, select = layer.adapters  # (n x rank, inputs), (n x rank, outputs)
-    low = F.linear(x, A)
-    if select is not None:
-        low = low * select
-    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=layer.scale).view(y.shape)
+    y = layer.base_layer(x.flatten(0, -2))  # (B T, outputs)
+    if layer.adapters:
+        A, B, select = layer.adapters  # (siblings x n x rank, inputs) or None, (n x rank, outputs)
+        if A is not None:
+            low = F.linear(x, A).unflatten(-1, (-1, len(B)))  # (B, T, siblings, n x rank)
+            if select is not None:
+                low = low * select
+            layer.shared[:] = low.flatten(0, 1).unbind(1)
+        y = y.addmm_(layer.shared.pop(0), B, alpha=layer.scale)
+    return y.view(*x.shape[:-1], -1)
 
 
 class LanguageModel:
@@ -521,6 +524,7 @@ class LanguageModel:
         self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
         # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+        self.siblings = []  # lists of LoRA layers that read the same input
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
         weights = list(self.causal_lm.parameters())
@@ -567,9 +571,26 @@ class LanguageModel:
             p.data = p.data.float()
         self.small &= all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers())  # not GPT-2's
         for layer in self.lora_layers():
-            layer.scale = layer.scaling[name]  # the same for all
+            layer.scale, layer.adapters = layer.scaling[name], None  # the scale is the same for all
             layer.forward = types.MethodType(self.small_forward if self.small else lora_forward, layer)
+        self.siblings = self.siblings or self.find_siblings()
         return parameters
+
+    @torch.no_grad()
+    def find_siblings(self):
+        """Lists of LoRA layers that read the same tensor, in the order in which they do."""
+        readers = collections.defaultdict(list)
+        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: readers[inputs[0]].append(layer))
+                 for layer in self.lora_layers()]
+        self.set_rows([None])
+        self.causal_lm(input_ids=torch.tensor([[self.end]], device=self.device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for layers in readers.values():
+            shared = []
+            for layer in layers:
+                layer.shared = shared
+        return list(readers.values())
 
     def check_base(self, folder):
         """Compare what save_adapter recorded in folder with this base; ValueError with one sentence if they differ."""
@@ -612,13 +633,17 @@ class LanguageModel:
         if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter
             select = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
             select = select.to(self.device, self.causal_lm.dtype)
-            select = select[None] if packed else select[:, None]
-        for layer in self.lora_layers():
-            layer.adapters = None
-            if names:  # in the base's precision, or an fp32 copy of every input would be kept for the backward pass
-                A, B = ([getattr(layer, key)[name].weight for name in names] for key in ("lora_A", "lora_B"))
-                A, B = (torch.cat(x, dim) if len(x) > 1 else x[0] for x, dim in ((A, 0), (B, 1)))
-                layer.adapters = A.to(self.causal_lm.dtype), B.to(self.causal_lm.dtype).t(), select
+            select = (select[None] if packed else select[:, None])[:, :, None]
+
+        def stack(weights, dim):  # in the base's precision, or an fp32 copy of every input would be kept for backward
+            return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(self.causal_lm.dtype)
+
+        for layers in self.siblings:
+            for layer in layers:
+                layer.adapters = names and (None, stack([layer.lora_B[name].weight for name in names], 1).t(), None)
+            if names:
+                A = stack([layer.lora_A[name].weight for layer in layers for name in names], 0)
+                layers[0].adapters = A, layers[0].adapters[1], select
 
     @torch.no_grad()
     def fold(self, names):
