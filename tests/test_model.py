@@ -272,6 +272,23 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("name, read_alike", [("qwen3", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]),
+                                              ("gptj", ["q_proj k_proj v_proj fc_in", "out_proj", "fc_out"])])
+def test_layers_that_read_the_same_input_share_a_product(name, read_alike, tokenizers, tmp_path):
+    lm = team(make_folder({**CONFIGS, **PECULIAR}[name], tmp_path / name, tokenizers[1]))
+    names = {layer: key.split(".")[-1] for key, layer in lm.causal_lm.named_modules()}
+    assert [" ".join(names[layer] for layer in layers) for layers in lm.siblings] == 2 * read_alike
+    lm.set_rows(["agent_0", "agent_1"])
+    first, second = lm.siblings[0][:2]
+    x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0))
+    outputs = [model.lora_forward(layer, x) for layer in lm.siblings[0]]
+    for layer, y in zip(lm.siblings[0], outputs):  # each with its own A and B of each row
+        for b in range(2):
+            A, B = layer.lora_A[f"agent_{b}"].weight, layer.lora_B[f"agent_{b}"].weight
+            assert torch.allclose(y[b], layer.base_layer(x[b]) + layer.scale * x[b] @ A.t() @ B.t(), atol=1e-5)
+    assert not first.shared and first.shared is second.shared  # nothing is kept for longer than it is needed
+
+
 def test_a_saved_adapter_comes_back(folder, tmp_path):
     lm = team(folder)
     prompts, tokens = prompts_of(lm, 2), [[5, 6, 7], [8, lm.end]]
