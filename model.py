@@ -494,7 +494,7 @@ def lora_forward(layer, x):
             low = F.linear(x, A).unflatten(-1, (-1, len(B)))  # (B, T, siblings, n x rank)
             if select is not None:
                 low = low * select
-            layer.shared[:] = low.flatten(0, 1).unbind(1)
+            layer.shared[:] = low.flatten(0, -3).unbind(1)
         y = y.addmm_(layer.shared.pop(0), B, alpha=layer.scale)
     return y.view(*x.shape[:-1], -1)
 
@@ -578,7 +578,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def find_siblings(self):
-        """Lists of LoRA layers that read the same tensor, in the order in which they do."""
+        """Lists of LoRA layers that read the same tensor, in the order in which they do; others stand alone."""
         readers = collections.defaultdict(list)
         hooks = [layer.register_forward_pre_hook(lambda layer, inputs: readers[inputs[0]].append(layer))
                  for layer in self.lora_layers()]
@@ -586,11 +586,13 @@ class LanguageModel:
         self.causal_lm(input_ids=torch.tensor([[self.end]], device=self.device), use_cache=False)
         for hook in hooks:
             hook.remove()
-        for layers in readers.values():
+        found = list(readers.values())
+        found += [[layer] for layer in self.lora_layers() if not any(layer in layers for layers in found)]
+        for layers in found:
             shared = []
             for layer in layers:
                 layer.shared = shared
-        return list(readers.values())
+        return found
 
     def check_base(self, folder):
         """Compare what save_adapter recorded in folder with this base; ValueError with one sentence if they differ."""
