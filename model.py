@@ -641,11 +641,10 @@ class LanguageModel:
             return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(self.causal_lm.dtype)
 
         for layers in self.siblings:
+            A = names and stack([layer.lora_A[name].weight for layer in layers for name in names], 0)
             for layer in layers:
-                layer.adapters = names and (None, stack([layer.lora_B[name].weight for name in names], 1).t(), None)
-            if names:
-                A = stack([layer.lora_A[name].weight for layer in layers for name in names], 0)
-                layers[0].adapters = A, layers[0].adapters[1], select
+                layer.adapters = names and (A, stack([layer.lora_B[name].weight for name in names], 1).t(), select)
+                A = None  # the first layer makes the product for all
 
     @torch.no_grad()
     def fold(self, names):
