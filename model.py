@@ -30,6 +30,7 @@ import warnings
 import zlib
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import numpy as np
 import regex
 import tiktoken
 import torch
@@ -369,9 +370,9 @@ class Packed:
             for start in range(shared, len(sequence), self.BLOCK):
                 end = min(start + self.BLOCK, len(sequence))
                 blocks.append(([token - past for token in path[start:end]], list(range(start, end)), path[:end]))
-        self.ids, self.position = (torch.tensor([numbers], device=device) for numbers in (ids, position))  # (1, N)
+        self.ids, self.position = (integers([numbers], device) for numbers in (ids, position))  # (1, N)
         wanted = [token - past for path, start in zip(self.paths, first) for token in path[start:]]
-        self.wanted, read, N = torch.tensor(wanted, device=device), set(wanted), len(ids)
+        self.wanted, read, N = integers(wanted, device), set(wanted), len(ids)
         self.plans = [self.plan(blocks, N), self.plan(  # of the last layer
             [(*zip(*kept), keys) for queries, at, keys in blocks
              if (kept := [pair for pair in zip(queries, at) if pair[0] in read])], N)]
@@ -383,7 +384,7 @@ class Packed:
         for block in blocks:
             alike[-(-len(block[2]) // self.BLOCK)].append(block)
         for call in alike.values():
-            queries, at, keys = (torch.tensor(padded(numbers, filler), device=self.ids.device)
+            queries, at, keys = (padded(numbers, filler, self.ids.device)
                                  for numbers, filler in zip(zip(*call), (N, 0, 0)))  # (n, L), (n, L), (n, K)
             place[queries] = torch.arange(done, done + queries.numel(), device=self.ids.device).view_as(queries)
             done += queries.numel()
@@ -394,7 +395,9 @@ class Packed:
     def mask(at, keys, window, dtype):
         """What queries may not attend to: keys later than their positions `at`, and those that a window left behind."""
         behind = at[:, :, None] - torch.arange(keys.shape[1], device=at.device)  # (n, L, K)
-        hidden = (behind < 0) | (behind >= (window or math.inf))
+        hidden = behind < 0
+        if window:
+            hidden |= behind >= window
         return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -math.inf)[:, None]
 
     @staticmethod
@@ -439,10 +442,16 @@ AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def padded(rows, filler):
-    """Lists of one length: [[1, 2], [3]] and filler 0 give [[1, 2], [3, 0]]."""
+def integers(rows, device):
+    """torch.tensor of lists of integers of one length, by way of numpy: ten times as fast, and there are many."""
+    return torch.from_numpy(np.array(rows, dtype=np.int64)).to(device)
+
+
+def padded(rows, filler, device, left=False):
+    """Lists made one length, as a tensor: [[1, 2], [3]] and filler 0 give [[1, 2], [3, 0]], on the left [0, 3]."""
     length = max(map(len, rows))
-    return [list(row) + [filler] * (length - len(row)) for row in rows]
+    fill = [[filler] * (length - len(row)) for row in rows]
+    return integers([more + list(row) if left else list(row) + more for more, row in zip(fill, rows)], device)
 
 
 def sample(logits, luck, temperature, top_p):
@@ -526,7 +535,7 @@ class LanguageModel:
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.siblings = []  # lists of LoRA layers that read the same input
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
-        self.folded = {}  # adapter -> LoRA layer -> W + scale B A, while sampling
+        self.folded = []  # adapters that are one matrix with the base, while sampling
         weights = list(self.causal_lm.parameters())
         self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
         some = torch.cat([p.flatten()[:64] for p in weights])
@@ -583,7 +592,9 @@ class LanguageModel:
         hooks = [layer.register_forward_pre_hook(lambda layer, inputs: readers[inputs[0]].append(layer))
                  for layer in self.lora_layers()]
         self.set_rows([None])
-        self.causal_lm(input_ids=torch.tensor([[self.end]], device=self.device), use_cache=False)
+        self.wanted = integers([1], self.device)  # where the last MLP reads less than its layer's attention
+        self.causal_lm(input_ids=integers([[self.end] * 2], self.device), use_cache=False)
+        self.wanted = None
         for hook in hooks:
             hook.remove()
         found = list(readers.values())
@@ -591,7 +602,7 @@ class LanguageModel:
         for layers in found:
             shared = []
             for layer in layers:
-                layer.shared = shared
+                layer.shared, layer.folded = shared, None
         return found
 
     def check_base(self, folder):
@@ -610,17 +621,22 @@ class LanguageModel:
     def small_forward(self, layer, x):
         """lora_forward for models whose W is cheap to copy: one matrix W + scale B A instead of three."""
         name = self.groups[0][0]
-        if len(self.groups) == 1 and name is not None:
-            if self.folded:
-                return F.linear(x, self.folded[name][layer], layer.base_layer.bias)
+        if not self.folded and len(self.groups) == 1 and name is not None:
             return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight,
                                       layer.lora_B[name].weight, layer.scale)
         if not self.folded:
             return lora_forward(layer, x)
-        rows = x.flatten(0, -2)
-        times = len(rows) // sum(rows for _, rows in self.groups)  # tokens per row
-        return torch.cat([F.linear(part, self.folded[name][layer], layer.base_layer.bias) for (name, _), part in zip(
-            self.groups, rows.split([rows * times for _, rows in self.groups]))]).view(*x.shape[:-1], -1)
+        if layer.folded:  # the first of those that read x, which makes the products of all
+            W, bias, sizes = layer.folded
+            rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
+            if counts == counts[:1] * len(W):
+                y = torch.baddbmm(bias, rows.view(len(W), -1, rows.shape[-1]), W.mT)
+            else:
+                parts = rows.split([n * len(rows) // sum(counts) for n in counts])
+                y = torch.cat([F.linear(part, W[self.folded.index(name)], bias)
+                               for (name, _), part in zip(self.groups, parts)])
+            layer.shared[:] = y.view(*x.shape[:-1], -1).split(sizes, -1)
+        return layer.shared.pop(0)
 
     def set_rows(self, names):
         """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
@@ -629,8 +645,8 @@ class LanguageModel:
     def set_groups(self, groups, packed=False):
         """The same for groups of rows, (adapter or None for the base alone, how many), or of tokens in one row."""
         self.groups = groups
-        if self.folded:
-            return
+        if self.folded or self.small and len(groups) == 1 and groups[0][0] is not None:
+            return  # small_forward looks up what it needs
         names, select = [name for name, _ in groups if name is not None], None
         if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter
             select = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
@@ -647,11 +663,16 @@ class LanguageModel:
                 A = None  # the first layer makes the product for all
 
     @torch.no_grad()
-    def fold(self, names):
-        """While sampling, use one matrix per adapter instead of three; for small models only, it copies the base."""
-        self.folded = {name: {layer: layer.base_layer.weight + layer.get_delta_weight(name)
-                              for layer in self.lora_layers()} for name in dict.fromkeys(names)
-                       } if self.small and None not in names else {}
+    def fold(self, names=()):
+        """While sampling, one matrix per adapter instead of three, for small models only; without names, no longer."""
+        self.folded = list(dict.fromkeys(names)) if self.small and None not in names else []
+        for layers in self.siblings:
+            bases, layers[0].folded = [layer.base_layer for layer in layers], None
+            if self.folded:
+                W = torch.stack([torch.cat([base.weight + layer.get_delta_weight(name)
+                                            for base, layer in zip(bases, layers)]) for name in self.folded])
+                biases = [W.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
+                layers[0].folded = W, torch.cat(biases), list(map(len, biases))  # W: (adapters, outputs, inputs)
 
     def render(self, messages, new_tokens=None):
         """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off.
@@ -690,8 +711,8 @@ class LanguageModel:
         runs = [len(list(run)) for _, run in itertools.groupby(zip(names, prompts))]
         G = math.gcd(*runs) if self.kernel_mask else 1
         names, prompts = names[::G], prompts[::G]
-        mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts],
-                            dtype=torch.bool, device=device)  # (B / G, longest), 1 = may be attended to
+        # (B / G, longest), 1 = may be attended to
+        mask = padded([[1] * (len(p) + max_new_tokens) for p in prompts], 0, device, left=True).bool()
         own = torch.eye(G, device=device).bool().repeat(1, max_new_tokens)  # which tokens are an answer's own
         cache = Cache(layer_class_to_replicate=RoomyLayer)
         tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
@@ -711,12 +732,14 @@ class LanguageModel:
                 if self.kernel_mask:
                     prompt, written = mask[:, None, :P].expand(-1, G, -1), own[:, :G * t].expand(len(row), -1, -1)
                     attend = torch.cat([prompt, written], 2)[:, None]  # (B / G, 1, G, P + G t)
+                    # in numbers, or every layer would make them again
+                    attend = torch.zeros_like(attend, dtype=self.causal_lm.dtype).masked_fill_(~attend, -math.inf)
                 logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
                                         past_key_values=cache, logits_to_keep=G).logits
             ids, logp = sample(logits, luck[row, t], temperature, top_p)
             position = position + 1
-            tokens[row[alive], t] = ids[alive]
-            logps[row[alive], t] = logp[alive]
+            tokens[row, t] = torch.where(alive, ids, -1)
+            logps[row, t] = torch.where(alive, logp, 0.0)
             alive &= ids != self.end
             busy = alive.any(1)
             if not busy.any():
@@ -730,7 +753,7 @@ class LanguageModel:
                 names = [names[k] for k in keep.tolist()]
                 cache.batch_select_indices(keep)
                 self.set_rows(names)
-        self.folded = {}
+        self.fold()
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
@@ -799,7 +822,8 @@ class LanguageModel:
                 row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
                 logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
                                              past_key_values=part, logits_to_keep=row.wanted).logits[0])
-                where = torch.tensor([[0] * (P - len(path)) + path for path in row.paths], device=self.device)
+                where = padded(row.paths, 0, self.device, left=True)
+                where = F.pad(where, (P - where.shape[1], 0))
                 states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
                                for layer in part.layers])  # (rows, heads, P, D)
                 for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some)):
@@ -811,7 +835,7 @@ class LanguageModel:
                 cache.update(*map(torch.cat, zip(*parts)), layer)
         else:
             self.set_rows(names)
-            ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)
+            ids = padded(prompts, self.pad, self.device, left=True)
             position = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
             logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                     logits_to_keep=1).logits[:, -1]
@@ -842,10 +866,10 @@ class LanguageModel:
             wanted = row.wanted  # (N,), where several sequences may want the same token
         else:
             self.set_rows(names)
-            inputs = {"input_ids": torch.tensor(padded(sequences, self.pad), device=self.device)}  # (B, T)
+            inputs = {"input_ids": padded(sequences, self.pad, self.device)}  # (B, T)
             T = inputs["input_ids"].shape[1]
-            wanted = torch.tensor([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
-                                   for t in range(start, len(s))], device=self.device)
+            wanted = integers([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
+                               for t in range(start, len(s))], self.device)
             self.wanted = wanted
         for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
             module.training = torch.is_grad_enabled()
@@ -860,7 +884,7 @@ class LanguageModel:
         Vocabulary logits are computed where an answer's token is predicted and nowhere else.
         """
         hidden = self.hidden(names, [p + t[:-1] for p, t in zip(prompts, tokens)], [len(p) - 1 for p in prompts])
-        sampled = torch.tensor([token for t in tokens for token in t], device=self.device)
+        sampled = integers([token for t in tokens for token in t], self.device)
         logits = self.causal_lm.get_output_embeddings()(hidden).float()  # (N, V)
         if self.logit_scale != 1:  # multiplying N x V numbers by 1 takes time, too
             logits = logits * self.logit_scale

@@ -2,6 +2,7 @@
 import copy
 import os
 import random
+import types
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, micro_batches, tiny_tokenizer, train_bpe
+from model import LanguageModel, Packed, build_tiny, lora_forward, micro_batches, padded, tiny_tokenizer, train_bpe
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -39,8 +40,8 @@ def make_folder(config, path, tokenizer):
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), bos_token_id=None,
                                                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    for p in network.parameters():
-        if p.ndim == 2:
+    for key, p in network.named_parameters():
+        if p.ndim == 2 or key.endswith("bias"):
             p.data.normal_(0, 0.2)
     network.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -226,10 +227,14 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
     assert all(len(answer) == 24 for answer in tokens if answer[-1] != lm.end)  # what was cut has no end token
 
 
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("name", PECULIAR)
-def test_models_with_peculiar_masks_and_logits(name, tokenizers, tmp_path):
+def test_models_with_peculiar_masks_and_logits(name, small, tokenizers, tmp_path):
     """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
     lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0"])
+    lm.small = small
+    for layer in lm.lora_layers():
+        layer.forward = types.MethodType(lm.small_forward if small else lora_forward, layer)
     prompts = prompts_of(lm, 6)
     tokens, logps = lm.generate(["agent_0"] * 6, prompts, luck(6, 24))
     again, _ = lm.logprobs(["agent_0"] * 6, prompts, tokens)
@@ -238,6 +243,11 @@ def test_models_with_peculiar_masks_and_logits(name, tokenizers, tmp_path):
     plain = torch.cat([plain_logprobs(peft, prompt, answer) for prompt, answer in zip(prompts, tokens)])
     assert torch.allclose(again, plain, atol=1e-4)
     assert torch.allclose(torch.tensor([x for logp in logps for x in logp]), plain, atol=1e-4)
+
+
+def test_padded_makes_lists_one_length():
+    assert padded([[1, 2], [3]], 0, "cpu").tolist() == [[1, 2], [3, 0]]
+    assert padded([[1, 2], [3]], 0, "cpu", left=True).tolist() == [[1, 2], [0, 3]]
 
 
 def test_an_answer_that_is_cut_has_no_end_token(folder):
@@ -272,12 +282,14 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-@pytest.mark.parametrize("name, read_alike", [("qwen3", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]),
-                                              ("gptj", ["q_proj k_proj v_proj fc_in", "out_proj", "fc_out"])])
-def test_layers_that_read_the_same_input_share_a_product(name, read_alike, tokenizers, tmp_path):
+@pytest.mark.parametrize("name, first, last", [
+    ("qwen3", *2 * [["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]]),
+    ("gptj", ["q_proj k_proj v_proj fc_in", "out_proj", "fc_out"],
+     ["q_proj k_proj v_proj", "out_proj", "fc_in", "fc_out"])])  # the last MLP reads less than the last attention
+def test_layers_that_read_the_same_input_share_a_product(name, first, last, tokenizers, tmp_path):
     lm = team(make_folder({**CONFIGS, **PECULIAR}[name], tmp_path / name, tokenizers[1]))
     names = {layer: key.split(".")[-1] for key, layer in lm.causal_lm.named_modules()}
-    assert [" ".join(names[layer] for layer in layers) for layers in lm.siblings] == 2 * read_alike
+    assert [" ".join(names[layer] for layer in layers) for layers in lm.siblings] == first + last
     lm.set_rows(["agent_0", "agent_1"])
     first, second = lm.siblings[0][:2]
     x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0))
