@@ -329,8 +329,9 @@ class RoomyLayer(DynamicLayer):
             self.room = [x.new_empty(*x.shape[:2], new + 64, x.shape[3]) for x in (keys, values)]
             if old:
                 self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
-        self.room[0][:, :, old:new], self.room[1][:, :, old:new] = keys, values
-        self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
+        for x, room in zip((keys, values), self.room):
+            room.narrow(2, old, new - old).copy_(x)
+        self.keys, self.values = (room.narrow(2, 0, new) for room in self.room)
         return self.keys, self.values
 
 
