@@ -268,12 +268,19 @@ FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every",
         "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
 
 
-def cut_log(path, step):
-    """Forget the lines of log.jsonl after that step, and one that was half written."""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(lines))
+def cut_log(out_dir, step, steps):
+    """Forget what log.jsonl and samples.txt say of steps after that one, and a line that was half written.
+
+    A run of `steps` steps that is complete evaluates its agents again, so their last evaluation goes, too.
+    """
+    for name, entry in (("log.jsonl", r'^{"step": (\d+).*\n'),
+                        ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                entries = re.finditer(entry, file.read(), re.MULTILINE)
+            write_text(path, "".join(found[0] for found in entries if int(found[1]) <= step - (
+                step == steps and '"train/' not in found[0])))
 
 
 RANGES = {name: (1, 1e9) for name in (

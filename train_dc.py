@@ -151,7 +151,7 @@ if saved and args.resume:
     rng.setstate(saved["rng"])
     generator.set_state(saved["generator"].cpu())
 if args.resume and rank == 0:
-    cut_log(log_path, progress["step"] if saved else -1)
+    cut_log(args.out_dir, progress["step"] if saved else -1, args.steps)
 
 
 def save():
