@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -474,6 +475,7 @@ def test_a_step_with_other_settings(train, arguments):
     (["--out_dir", "full"], ["full"]),
     (["--out_dir", "a-model", "--overwrite"], ["a-model"]),  # a config.json alone does not make it a run
     (["--out_dir", "a-copy", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
+    pytest.param(["--wandb"], ["pip install wandb"], marks=pytest.mark.skipif(find_spec("wandb"), reason="it is there")),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
 def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, said):
     files = workplace.folder
