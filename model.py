@@ -143,9 +143,8 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
             pool = [drawn[i:i + task.base_batch] for i in range(0, len(drawn), task.base_batch)]
             rng.shuffle(pool)
         batch = pool.pop()
-        T = max(len(ids) for ids, _ in batch)
-        x = torch.tensor([ids + [pad] * (T - len(ids)) for ids, _ in batch])  # (B, T)
-        learned = torch.tensor([mask + [0] * (T - len(mask)) for _, mask in batch])[:, 1:].bool()  # (B, T-1)
+        x = padded([ids for ids, _ in batch], pad, "cpu")  # (B, T)
+        learned = padded([mask for _, mask in batch], 0, "cpu")[:, 1:].bool()  # (B, T-1)
         hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, C)
         loss = F.cross_entropy(model.get_output_embeddings()(hidden[learned]), x[:, 1:][learned])
         loss.backward()
@@ -536,6 +535,7 @@ class LanguageModel:
         self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
         self.siblings = []  # lists of LoRA layers that read the same input
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
+        self.alone = None  # a small model's adapter that reads all of them
         self.folded = []  # adapters that are one matrix with the base, while sampling
         weights = list(self.causal_lm.parameters())
         self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
@@ -621,12 +621,11 @@ class LanguageModel:
 
     def small_forward(self, layer, x):
         """lora_forward for models whose W is cheap to copy: one matrix W + scale B A instead of three."""
-        name = self.groups[0][0]
-        if not self.folded and len(self.groups) == 1 and name is not None:
-            return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight,
-                                      layer.lora_B[name].weight, layer.scale)
-        if not self.folded:
+        if not self.folded and self.alone is None:
             return lora_forward(layer, x)
+        if not self.folded:
+            return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias,
+                                      layer.lora_A[self.alone].weight, layer.lora_B[self.alone].weight, layer.scale)
         if layer.folded:  # the first of those that read x, which makes the products of all
             W, bias, sizes = layer.folded
             rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
@@ -645,8 +644,8 @@ class LanguageModel:
 
     def set_groups(self, groups, packed=False):
         """The same for groups of rows, (adapter or None for the base alone, how many), or of tokens in one row."""
-        self.groups = groups
-        if self.folded or self.small and len(groups) == 1 and groups[0][0] is not None:
+        self.groups, self.alone = groups, groups[0][0] if self.small and len(groups) == 1 else None
+        if self.folded or self.alone is not None:
             return  # small_forward looks up what it needs
         names, select = [name for name, _ in groups if name is not None], None
         if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter

@@ -2,7 +2,6 @@
 import copy
 import os
 import random
-import types
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, lora_forward, micro_batches, padded, tiny_tokenizer, train_bpe
+from model import LanguageModel, Packed, build_tiny, micro_batches, padded, tiny_tokenizer, train_bpe
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -232,9 +231,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
 def test_models_with_peculiar_masks_and_logits(name, small, tokenizers, tmp_path):
     """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
     lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0"])
-    lm.small = small
-    for layer in lm.lora_layers():
-        layer.forward = types.MethodType(lm.small_forward if small else lora_forward, layer)
+    lm.small &= small
     prompts = prompts_of(lm, 6)
     tokens, logps = lm.generate(["agent_0"] * 6, prompts, luck(6, 24))
     again, _ = lm.logprobs(["agent_0"] * 6, prompts, tokens)
