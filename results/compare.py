@@ -74,8 +74,8 @@ def table(runs):
         p_final, p_whole = (holm({method: permutation_p(numbers["cc"], numbers[method])
                                   for method in methods if method != "cc"}) for numbers in (final, whole))
         actions = [last["joint_actions"] for seeds in methods.values() for _, last, _ in seeds]
-        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {min(actions):,} to {max(actions):,} "
-              "joint actions a run\n\n| | raw | trained | p | reward per turn | mean training score | p |"
+        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {min(actions):,} to "
+              f"{max(actions):,} joint actions a run\n\n| | raw | trained | p | reward per turn | mean training score | p |"
               "\n|---|---|---|---|---|---|---|")
         for method, seeds in methods.items():
             reward = spread([last["eval/reward"] for _, last, _ in seeds], 2)

@@ -16,27 +16,32 @@ PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": 
 
 def table(folder):
     """One row per task: mean ± standard deviation over seeds of what the first and the last evaluation say."""
-    rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn | in the paper: raw / GRPO / CoLLM-CC |",
-            "|---|---|---|---|---|---|"]
+    rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn "
+            "| in the paper: raw / GRPO / CoLLM-CC |", "|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():
         runs = []
         for path in sorted(glob.glob(os.path.join(folder, f"{task}-seed*.jsonl"))):
             with open(path, encoding="utf-8") as file:
                 runs.append([line for line in map(json.loads, file) if "eval/score" in line])
-        if runs:
-            def over_seeds(key, digits, k=-1):
-                values = [run[k][key] for run in runs]
-                return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-            more = ""
-            if task == "coophe":
-                first = statistics.mean(run[0]["eval/pass_rate"] for run in runs)
-                more = f"; pass rate {100 * first:.0f}% → {100 * statistics.mean(r[-1]['eval/pass_rate'] for r in runs):.0f}%"
-            if task == "housebuild":
-                more = (f"; agents that kill {runs[0][0]['eval/kills']:.2f} → {over_seeds('eval/kills', 2)}, spider penalty "
-                        f"{runs[0][0]['eval/spider_penalty']:.3f} → {over_seeds('eval/spider_penalty', 3)}")
-            rows.append(f"| `{task}` | {statistics.mean(run[-1]['joint_actions'] for run in runs):,.0f} | "
-                        f"{statistics.mean(run[0]['eval/score'] for run in runs):.1f} | {over_seeds('eval/score', 1)}{more} | "
-                        f"{over_seeds('eval/reward', 2)} | {paper} |")
+        if not runs:
+            continue
+
+        def first(key):
+            return statistics.mean(run[0][key] for run in runs)
+
+        def last(key, digits):
+            values = [run[-1][key] for run in runs]
+            return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+        more, actions = "", statistics.mean(run[-1]["joint_actions"] for run in runs)
+        if task == "coophe":
+            trained = statistics.mean(run[-1]["eval/pass_rate"] for run in runs)
+            more = f"; pass rate {100 * first('eval/pass_rate'):.0f}% → {100 * trained:.0f}%"
+        if task == "housebuild":
+            more = (f"; agents that kill {first('eval/kills'):.2f} → {last('eval/kills', 2)}, spider penalty "
+                    f"{first('eval/spider_penalty'):.3f} → {last('eval/spider_penalty', 3)}")
+        rows.append(f"| `{task}` | {actions:,.0f} | {first('eval/score'):.1f} | {last('eval/score', 1)}{more} | "
+                    f"{last('eval/reward', 2)} | {paper} |")
     return "\n".join(rows)
 
 

@@ -49,8 +49,8 @@ def config_of(shape, layers=None, vocabulary=None):
     from transformers import Qwen3Config
     width, deep, heads, kv_heads, head, mlp, words, tied = shape
     return Qwen3Config(hidden_size=width, num_hidden_layers=layers or deep, num_attention_heads=heads,
-                       num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp, vocab_size=vocabulary or words,
-                       tie_word_embeddings=tied, max_position_embeddings=8192)
+                       num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp,
+                       vocab_size=vocabulary or words, tie_word_embeddings=tied, max_position_embeddings=8192)
 
 
 def build(name, folder):
@@ -66,8 +66,9 @@ def build(name, folder):
     from tasks import Episode, get_task, history
     task = get_task("strbuild")
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ranks = train_bpe([m["content"] for agent in range(2) for m in history(task, Episode(task.eval_items[0]), agent)] + [
-        m["content"] for item in range(50) for m in task.demonstration(random.Random(item))], pattern)
+    talks = [history(task, Episode(task.eval_items[0]), agent) for agent in range(2)]
+    talks += [task.demonstration(random.Random(item)) for item in range(50)]
+    ranks = train_bpe([message["content"] for talk in talks for message in talk], pattern)
     for n in (1, 2, 3):
         for letters in itertools.product(string.ascii_letters, repeat=n):
             ranks.setdefault((" " + "".join(letters)).encode(), len(ranks))
@@ -127,7 +128,8 @@ def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro
     width, layers, _, kv_heads, head, _, words, _ = shape
     layer, T = kept_by_a_layer(shape), prompt + answer
     static = {"base": 2 * total, "adapters": 16 * adapter * (agents + critics)}
-    cache = agents * episodes * (T + prompt - answer) * layers * 2 * kv_heads * head * 2 + 16 * agents * episodes * words
+    rows = agents * episodes
+    cache = rows * (T + prompt - answer) * layers * 2 * kv_heads * head * 2 + 16 * rows * words
     logits = 18 * micro_batch * answer * words
     plain = micro_batch * T * layer * layers + logits
     checkpointed = micro_batch * T * (layers * 2 * width + layer) + logits
@@ -169,9 +171,9 @@ def measure(arguments):
         bench = benchmark.bench_task(words)
         bench.agents = (1, 2, 3, 4)
         tasks.TASKS["bench"] = bench
-        sys.argv = ["train_cc.py", "--task", "bench", "--model", os.path.join(folder, "model"), "--out_dir", os.path.join(
-            folder, "run"), *f"--num_agents {agents} --num_turns {turns} --batch_size {batch} --max_new_tokens {answer} "
-            "--steps 3 --save_every 99 --device cpu --threads 1".split()]
+        sys.argv = ["train_cc.py", "--model", os.path.join(folder, "model"), "--out_dir", os.path.join(folder, "run"), *(
+            f"--task bench --num_agents {agents} --num_turns {turns} --batch_size {batch} --max_new_tokens {answer} "
+            "--steps 3 --save_every 99 --device cpu --threads 1").split()]
         run = runpy.run_path(str(ROOT / "train_cc.py"), run_name="__main__")
         lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
     matrices = [p for key, p in run["lms"][0].causal_lm.named_parameters()
@@ -195,31 +197,38 @@ def main():
         return measure(args.one)
     if args.measure:
         import subprocess
-        base = {"agents": 2, "turns": 1, "episodes": 16, "prompt words": 100, "answer tokens": 64, "width": 256, "layers": 4}
-        print("| doubled | operations | seconds | seconds per 10^9 operations: rollout, update | operations: x | seconds: x |\n"
-              "|---|---|---|---|---|---|")
+        base = {"agents": 2, "turns": 1, "episodes": 16, "prompt words": 100, "answer tokens": 64, "width": 256,
+                "layers": 4}
+        print("| doubled | operations | seconds | seconds per 10^9 operations: rollout, update | operations: x | "
+              "seconds: x |\n|---|---|---|---|---|---|")
         first = None
         for name in [None, *base]:
             values = [value * (1 + (key == name)) for key, value in base.items()]
-            out = subprocess.run([sys.executable, __file__, "--one", ",".join(map(str, values))], capture_output=True, text=True)
-            found = json.loads(out.stdout.split("MEASURED ")[1]) if "MEASURED" in out.stdout else sys.exit(out.stderr[-2000:])
+            out = subprocess.run([sys.executable, __file__, "--one", ",".join(map(str, values))],
+                                 capture_output=True, text=True)
+            if "MEASURED" not in out.stdout:
+                sys.exit(out.stderr[-2000:])
+            found = json.loads(out.stdout.split("MEASURED ")[1])
             work, spent = (sum(found[key].values()) for key in ("operations", "seconds"))
             first = first or (work, spent)
-            rates = ", ".join(f"{1e9 * found['seconds'][k] / found['operations'][k]:.4f}" for k in ("rollout", "update"))
+            rates = ", ".join(f"{1e9 * found['seconds'][part] / found['operations'][part]:.4f}"
+                              for part in ("rollout", "update"))
             print(f"| {name or 'nothing'} | {work:.3g} | {spent:.2f} | {rates} | {work / first[0]:.2f} | "
                   f"{spent / first[1]:.2f} |", flush=True)
         return
-    print("Memory in GiB: 2 agents and CoLLM-CC's critic, rank 16, 8 episodes, prompts of 900 tokens with the last answer in\n"
-          "them, 512 new tokens, --micro_batch 2; operations of a step of 4 turns, two passes, without checkpointing\n\n"
+    print("Memory in GiB: 2 agents and CoLLM-CC's critic, rank 16, 8 episodes, prompts of 900 tokens with the last "
+          "answer in\nthem, 512 new tokens, --micro_batch 2; operations of a step of 4 turns, two passes, without "
+          "checkpointing\n\n"
           "| model | base | adapters with AdamW | KV cache | kept for an update: MiB per token, in all | with "
-          "checkpointing | peak | peak with checkpointing | 10^12 operations a step |\n|---|---|---|---|---|---|---|---|---|")
+          "checkpointing | peak | peak with checkpointing | 10^12 operations a step |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         part, (N, H, *_) = memory(shape), weights(shape)
         rows, p, L, h = 2 * 4 * 8, 900, 512, 1800
         work = rows * (2 * N * (p + L) + 2 * H * L) + rows * 2 * (4 * N * (p + L) + 4 * H * L) + 32 * 2 * 4 * N * h
-        print(f"| {name} | {part['base']:.1f} | {part['adapters']:.1f} | {part['cache']:.1f} | {part['MiB a token']:.1f}, "
-              f"{part['update']:.1f} | {part['checkpointed']:.1f} | {part['peak, update']:.1f} | "
-              f"{part['peak, checkpointed']:.1f} | {work / 1e12:.0f} |", flush=True)
+        print(f"| {name} | {part['base']:.1f} | {part['adapters']:.1f} | {part['cache']:.1f} | "
+              f"{part['MiB a token']:.1f}, {part['update']:.1f} | {part['checkpointed']:.1f} | "
+              f"{part['peak, update']:.1f} | {part['peak, checkpointed']:.1f} | {work / 1e12:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
