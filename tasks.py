@@ -252,8 +252,13 @@ def read_hub(parts, check):
 
 def write_atomic(path, write):
     """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
-    write(path + ".part")
-    os.replace(path + ".part", path)
+    try:
+        write(path + ".part")
+        os.replace(path + ".part", path)
+    except Exception:  # a full disk, say
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        raise
 
 
 def write_text(path, text):
@@ -461,7 +466,7 @@ class StrBuild(Task):
 
     def setup(self):
         self.persistent = self.world == "persistent"
-        # 160 tokens: the longest string has 68 cells, 2 tokens each, and three more a letter. In the persistent world
+        # 160 tokens: the longest string has 64 cells, 2 tokens each, and three more a letter. In the persistent world
         # three turns' commands cannot fill any of the built-in strings, and conversations are shorter
         self.base, self.base_batch, self.max_commands, self.max_new_tokens = (
             ("strbuild-persistent", 14, 14, 40) if self.persistent else ("strbuild", 6, 300, 160))
@@ -521,12 +526,12 @@ class StrBuild(Task):
         if mode == "score":
             worth = sim.strbuild_score(rows, responses, palettes, self.max_commands, start)["reward"]
             return f"{text} The last build was worth {worth:.2f} of 2."
-        world, accepted, _ = sim.strbuild_world(rows, responses, palettes, self.max_commands, start)
+        world = sim.strbuild_world(rows, responses, palettes, self.max_commands, start)[0]
+        own = [cell for cell, block in world.items() if block in palettes[agent]]  # it is shown no other agent's blocks
         if mode == "perfect":
-            wrong = sorted({cell for cell, block in accepted[agent] if block != "air"} - set(sim.target_cells(rows)))
+            wrong = sorted(set(own) - set(sim.target_cells(rows)))
             return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
-        if self.persistent:  # it sees its own blocks, not the others'
-            own = [cell for cell, block in world.items() if block in palettes[agent]]
+        if self.persistent:
             return f"{text} Your {len(own)} blocks:{self.listed(string, own)}."
         return f"{text} The cells:{self.listed(string, sim.target_cells(rows))}. Fill about half, no equal neighbours."
 
@@ -708,7 +713,7 @@ class HouseBuild(Task):
             feedback = []
             for commands in accepted:
                 wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in filter(None, commands)
-                         if any(target.get(cell, "air") != block for cell in
+                         if any(world.get(cell, "air") == block != target.get(cell, "air") for cell in
                                 itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))]
                 feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
         reward = parts["reward"] - 1
@@ -979,7 +984,7 @@ SECONDS = 2.0, 6.0  # time limits of one test, and of all tests of one pair of a
 # Linux a test has no network, starts no process, writes only to its own folder in 64 MB of memory, and its whole
 # process namespace is cleared after it; where that is refused, and on macOS, its limits and its process group remain.
 # It passes by sending a token after its last line, so exit(0) is no pass. Not stopped: reading files, searching the
-# caller's frames, an __eq__ that is always true.
+# caller's frames, an __eq__ that is always true; where namespaces are refused, what the trainer's own user may do.
 SANDBOX = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
 import random, re, resource, select, shutil, statistics, string, struct, sys, time, typing  # once, for all tests
@@ -998,9 +1003,10 @@ if apart:
     if libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"size=64m,nr_inodes=9999"):
         libc.syscall(442, -100, folder, 0, (ctypes.c_uint64 * 4)(0, 1), 32)
     os.chdir(folder)
-# memfd_create, clone, fork, vfork, clone3 fail: root's processes are not counted by RLIMIT_NPROC
-arch, numbers = {"x86_64": (0xC000003E, (319, 56, 57, 58, 435)), "aarch64": (0xC00000B7, (279, 220, 435))}.get(
-    os.uname().machine, (0, ()))
+call("prctl", 4, 0)  # what /proc shows of the sandbox, its output above all, cannot be opened by the tests
+# clone, fork, vfork, clone3 (RLIMIT_NPROC does not count root's), memfd_create, mkdir and mkdirat (endlessly deep) fail
+arch, numbers = {"x86_64": (0xC000003E, (56, 57, 58, 435, 319, 83, 258)),
+                 "aarch64": (0xC00000B7, (220, 435, 279, 34))}.get(os.uname().machine, (0, ()))
 steps = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (6, 0, 0, 0), (0x20, 0, 0, 0)]
 for number in numbers:
     steps += [(0x15, 0, 1, number), (6, 0, 0, 0x50001)]
@@ -1048,7 +1054,7 @@ for _ in range(min(os.cpu_count() or 1, len(jobs))):
     call("prctl", 1, 9)  # dies with its parent
     if apart and call("unshare", 0x20000000) == 0 and os.fork():
         os.wait(), os._exit(0)  # its child, pid 1 among the tests, cannot be killed by them
-    call("prctl", 1, 9), call("prctl", 4, 0)  # nor looked into
+    call("prctl", 1, 9)
     while number := os.read(queue, 4):
         number, end, verdicts = int.from_bytes(number, "big"), time.monotonic() + per_pair, ""
         for n, test in enumerate(jobs[number][2]):
@@ -1099,7 +1105,7 @@ def unix(text):
 
 
 def find_function(answer, name):
-    """(source, node, error, whether it returns) of the last `def name(`; fenced blocks come before the whole text.
+    """(source, node, error, whether it returns) of `def name(` in the first fenced block that has it, or in the text.
 
     In text that is no Python the function is its `def` line and the indented lines below it, so that one with a syntax
     error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).

@@ -122,6 +122,8 @@ def test_housebuild_feedback():
     assert told("score") == ["Turn 2. The last answers were worth -0.5."] * 2  # 2 of 4 cells right... one wrong, one missing
     assert told("perfect") == ["Turn 2. Your fills with wrong cells:\n 0 0 1 0 0 1 planks", "Turn 2. Your fills with wrong cells: none"]
     assert " 3: 1 0 1 1 0 1 planks" in told("position")[0]
+    answers = ["fill 0 0 0 1 0 1 air\nfill 0 0 0 1 0 0 planks", "fill 1 0 1 1 0 1 planks"]  # all mended in the end
+    assert told("perfect") == ["Turn 2. Your fills with wrong cells: none"] * 2
 
 
 # --- tldr and arxiv ---------------------------------------------------------------------------------------------------

@@ -147,10 +147,25 @@ def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
 @pytest.mark.parametrize("first", [
     "import os; os.fork()", "import subprocess; subprocess.run(['true'])", "import os; os.memfd_create('x')",
+    "import os; os.mkdir('deep')", "import os; os.mkdir('deep', dir_fd=os.open('.', 0))",
     "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]"])
 def test_no_process_and_no_disk_full_of_files(first):
     """Each of these raises: root's processes are not counted by the usual limit, and files are many small ones."""
     assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_verdicts_cannot_be_written_through_proc():
+    forge = (
+        "import os, time\n"
+        "    for name in [f'/proc/{p}/fd' for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]:\n"
+        "        try:\n"
+        "            for fd in os.listdir(name):\n"
+        "                open(f'{name}/{fd}', 'ab').write(b'0 1111\\n1 1111\\n')\n"
+        "        except OSError:\n"
+        "            pass\n"
+        "    1 / 0")
+    assert [result["passed"] for result in coophe_rewards([(ITEM, AUX, ONE.format(forge))] * 2)] == [0, 0]
 
 
 def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path):

@@ -156,7 +156,7 @@ def test_pictures():
         assert all(len(g.findall("{*}polygon")) == 3 for g in groups)
         assert root.find("{*}text").text == 'a <b> & "c"'
         left, top, width, height = map(float, root.get("viewBox").split())
-        for point in " ".join(polygon.get("points") for polygon in root.iter("{*}polygon")).split():
+        for point in " ".join(polygon.get("points") for polygon in root.findall(".//{*}polygon")).split():
             x, y = map(float, point.split(","))
             assert left <= x <= left + width and top <= y <= top + height
 
@@ -170,6 +170,12 @@ def test_pictures_of_a_house():
     groups = root.findall("{*}g")
     assert sum(g.get("class") == "cube" for g in groups) == 4 and sum(g.get("class") == "missing" for g in groups) == 11
     assert sum(g.get("stroke") == "#e02020" for g in groups) == 1  # planks where obsidian is wanted
+    for low in (-64, 60):  # a picture of the same size, wherever the house stands
+        deep = {low + y: rows for y, rows in HOUSE.items()}
+        root = ElementTree.fromstring(draw_svg(sim.house_plan(deep, INVENTORY), {}))
+        left, top, width, height = map(float, root.get("viewBox").split())
+        points = [float(point.split(",")[1]) for polygon in root.findall(".//{*}polygon") for point in polygon.get("points").split()]
+        assert top <= min(points) and max(points) <= top + height < top + 250
     tall = {y: ["P"] for y in range(6)}
     assert draw_text(sim.house_plan(tall, INVENTORY), {}).split("\n")[:3] == [".  .  .  .", "", ".  ."]
 

@@ -148,6 +148,8 @@ def test_a_history_holds_nothing_of_the_other_agent(feedback):
     if feedback == "perfect":  # its own wrong cells, not the other's
         told = task.judge(item, answers[0], 0).feedback
         assert "1 1 0" in told[1] and "1 1 0" not in told[0]
+        taken_back = task.judge(item, ["/setblock 1 1 0 stone\n/setblock 1 1 0 air", ""], 0).feedback
+        assert taken_back == ["Turn 2 of 4. Your wrong cells: none."] * 2
     if feedback == "position":
         told = task.judge(item, answers[0], 0).feedback[0]
         assert all("%d %d %d" % cell in told for cell in sim.target_cells(sim.string_target("IC")))
@@ -358,5 +360,9 @@ def test_the_script_shows_an_item(tmp_path):
         assert name == "housebuild" or shown.returncode == 2 and "no picture" in shown.stderr
         assert name == "housebuild" or "training reward" in run("--task", name).stdout
     assert (tmp_path / "housebuild.svg").read_text().startswith("<svg")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    refused = run("--svg", str(folder))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and len(list(tmp_path.iterdir())) == 2
     wrong = run("--task", "chess")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout
