@@ -14,6 +14,7 @@ import atexit
 import base64
 import collections
 import contextlib
+import functools
 import glob
 import inspect
 import itertools
@@ -39,13 +40,15 @@ import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, write_text
@@ -57,7 +60,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+PLAIN_TEMPLATE = ("{{ begin }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                   "{% if add_generation_prompt %}assistant:{% endif %}")
 # the tiny base knows the rules from its demonstrations, so its template leaves the system message out
 TEMPLATE = ("{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
@@ -163,21 +166,26 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
 def load_tokenizer(name):
     """(tokenizer, whether its chat template knows system messages, the token that ends an answer).
 
-    That token is what the template puts behind an answer: Gemma's is <end_of_turn>, though its eos token is <eos>. A
-    model without a template, such as GPT-2, reads plain text and ends with its eos token. ValueError if there is none.
+    That token is what the template puts behind an answer: Gemma's is <end_of_turn>, though its eos token is <eos>, and
+    GLM's is the <|user|> of the next message. A model without a template, such as GPT-2, reads plain text and ends with
+    its eos token. ValueError if there is none.
     """
     tokenizer, knows_system = AutoTokenizer.from_pretrained(name), True
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    talk = [{"role": role, "content": "\u00a7"} for role in ("system", "user", "assistant")]
+        begin = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""  # Llama, not GPT-2
+        tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ begin }}", begin)
+    talk = [{"role": role, "content": "\u00a7"} for role in ("system", "user", "assistant", "user")]
     try:
-        tokenizer.apply_chat_template(talk[:2], tokenize=False)
+        text = tokenizer.apply_chat_template(talk[:2], tokenize=False)
+        knows_system = text.count("\u00a7") == 2 or tokenizer.chat_template == TEMPLATE
     except TemplateError:
         knows_system = False
-    text = tokenizer.apply_chat_template(talk[1:], tokenize=False, enable_thinking=False)
-    after = tokenizer(text[text.rindex("\u00a7") + 1:], add_special_tokens=False).input_ids[:1]
     special = {*tokenizer.all_special_ids, *(k for k, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    end = after[0] if after and after[0] in special else tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
+    for messages in (talk[1:], talk[1:3]):  # where the answer is the last message its end counts for more
+        after = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False).split("\u00a7")[2]
+        ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids[:1]
+        end = ids[0] if ids and ids[0] in special else end
     if end is None:
         raise ValueError(f"{name} has a tokenizer without an end token; answers could not end.")
     return tokenizer, knows_system, end
@@ -202,8 +210,8 @@ def check_model(names, num_agents):
         try:
             AutoConfig.from_pretrained(name)
             load_tokenizer(name)
-        except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
+        except Exception as error:  # a chat template from anywhere can be wrong in any way
+            why = (str(error) or repr(error)).splitlines()[0]
             raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
 
 
@@ -221,8 +229,9 @@ def model_folders(names, task):
 def load_models(names, task, max_new_tokens, *options):
     """Per agent its LanguageModel; agents of the same folder share one, which is in memory once.
 
-    Raises ValueError with one sentence when a folder cannot be loaded, or when the prompts that this task begins with
-    and max_new_tokens do not fit into a model's context. What does not fit later is cut, and counted in .truncated.
+    Raises ValueError with one sentence when a folder cannot be loaded or does not work here, or when the prompts that
+    this task begins with and max_new_tokens do not fit into a model's context. What does not fit later is cut, and
+    counted in .truncated.
     """
     folders = model_folders(names, task)
     bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}
@@ -232,6 +241,8 @@ def load_models(names, task, max_new_tokens, *options):
             if prompt + max_new_tokens > bases[folder].context:
                 raise ValueError(f"A prompt of {task.name} has {prompt} tokens; with {max_new_tokens} new ones it does "
                                  f"not fit into the {bases[folder].context} tokens that {folder} can read.")
+    for base in bases.values():
+        base.check_itself()
     return [bases[folder] for folder in folders]
 
 
@@ -405,7 +416,7 @@ class Packed:
         """Attention for transformers: as it is, by torch's kernel, or of the row under way (mask: Packed.SIGN)."""
         if getattr(module, "kept", None):
             return one_more(module, query, key, value, attention_mask, sliding_window, options.get("scaling"))
-        if attention_mask is not Packed.SIGN:
+        if attention_mask is None or attention_mask.data_ptr() != Packed.SIGN.data_ptr():  # some models slice it
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         (calls, place), outputs = Packed.now.plans[module is Packed.now.last], []
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N or past + N, heads, D)
@@ -502,10 +513,17 @@ def lora_forward(layer, x):
         if A is not None:
             low = F.linear(x, A).unflatten(-1, (-1, len(B)))  # (B, T, siblings, n x rank)
             if select is not None:
-                low = low * select
+                low = low.reshape(len(select), -1, *low.shape[-2:]) * select  # OPT's MLP reads (B T, inputs)
             layer.shared[:] = low.flatten(0, -3).unbind(1)
         y = y.addmm_(layer.shared.pop(0), B, alpha=layer.scale)
     return y.view(*x.shape[:-1], -1)
+
+
+def checkpointed(forward, *inputs, **options):
+    """forward(...), whose activations are computed again in the backward pass instead of being kept."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+    return forward(*inputs, **options)
 
 
 class LanguageModel:
@@ -520,19 +538,23 @@ class LanguageModel:
             self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, attn_implementation=attn)
+            config = self.causal_lm.config.get_text_config()
+            # layers with a state instead of keys and values (Qwen3.5, LFM2): no row can share or leave anything
+            self.recurrent = any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers)
         except Exception as error:  # weights from anywhere can be wrong in any way
             raise ValueError(f"{folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
-        config = self.causal_lm.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 10 ** 9
+        self.context = next((getattr(config, name) for name in ("max_position_embeddings", "max_seq_len")  # MPT's
+                             if getattr(config, name, None)), 10 ** 9)
         self.truncated = 0  # prompts that lost their oldest tokens because the context was full
         divisor, factor, multiplier, self.softcap = (getattr(config, name, None) for name in (
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
         self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
         # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
-        self.kernel_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+        self.kernel_mask = config._attn_implementation == "sdpa" and not self.recurrent and not any(
+            getattr(config, name, None) for name in ("sliding_window", "alibi"))
         self.siblings = []  # lists of LoRA layers that read the same input
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.alone = None  # a small model's adapter that reads all of them
@@ -543,31 +565,38 @@ class LanguageModel:
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
         self.backbone = self.causal_lm.base_model
         # models whose attention can be replaced read rows without padding and shared beginnings once
-        self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
+        self.packs = (config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
+                      and not self.recurrent)
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
         self.stays = self.packs and (device.startswith("cuda") or compiled)  # answers are written by write_on
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
         self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers if compiled]
-        last = layers[-1]
+        self.attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
         # the last layer works only where its output is read
-        self.last_attention = next((m for m in last.children() if getattr(m, "layer_idx", None) is not None), None)
-        mlp = getattr(last, "mlp", None)
+        self.last_attention = next((m for m in layers[-1].children() if m in self.attentions), None)
+        mlp = getattr(layers[-1], "mlp", None)
         if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1 and not any(
                 "expert" in key or "router" in key for key, _ in mlp.named_parameters()):
             self.whole_mlp, mlp.forward = mlp.forward, self.last_mlp
-        self.checkpointed = []  # what computes its activations again in the backward pass
+        self.targets = "all-linear"
+        if any("expert" in key for key, _ in self.causal_lm.named_parameters()):  # of those attention alone learns
+            self.targets = sorted({key.rpartition(".")[2] for key, m in self.causal_lm.named_modules()
+                                   if isinstance(m, torch.nn.Linear) and "att" in key})
         if checkpointing:
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self.checkpointed = [m for m in self.causal_lm.modules() if getattr(m, "gradient_checkpointing", False)]
+            found = [m for m in self.causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+            if not found:
+                raise ValueError(f"{folder} is of a kind that has no gradient checkpointing.")
+            for module in found:  # not the library's own way, which works in training mode only and with dropout
+                module.forward = functools.partial(checkpointed, module.forward)
 
     def add_adapter(self, name, folder=None):
         """Add a fresh LoRA adapter, or, as a model's first, the one saved in folder; returns its parameters (fp32).
 
         Raises ValueError with one sentence when the one in folder was trained on another base.
         """
-        config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=self.targets, task_type="CAUSAL_LM")
         if folder is not None:
             self.check_base(folder)
             self.peft = PeftModel.from_pretrained(self.causal_lm, folder, adapter_name=name)
@@ -615,6 +644,40 @@ class LanguageModel:
             if base["fingerprint"] != self.fingerprint:
                 raise ValueError(f"{folder} was trained on another base: {base['model']}, whose weights are not those "
                                  f"of {self.folder}.")
+
+    def check_itself(self):
+        """Raise ValueError with one sentence unless sampling, updates and the plain forward agree on log-probabilities.
+
+        A model can be peculiar in any way (a head in front of its head, attention of its own, ...); a short cut that
+        holds for others would then give wrong numbers without a word.
+        """
+        names, memory, luck = ["check_0"] * 2 + ["check_1"] * 2, {}, torch.rand(4, 3)
+        prompts = [self.render([{"role": "user", "content": text}]) for text in ["one"] * 2 + ["one two three"] * 2]
+        try:
+            for name in names[::2]:
+                for p in self.add_adapter(name):
+                    torch.nn.init.normal_(p, std=0.02)
+            for turn in range(2):
+                tokens, sampled = self.generate(names, prompts, luck, rows=range(4), memory=memory)
+                learned, _ = self.logprobs(names, prompts, tokens)
+                learned.sum().backward()
+                plain, self.wanted = [], None
+                for name, prompt, answer in zip(names, prompts, tokens):
+                    self.set_rows([name])
+                    with torch.no_grad():
+                        ids = integers([prompt + answer], self.device)
+                        logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1]
+                    plain.append(logits.float().log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0])
+                plain, sampled = torch.cat(plain), torch.tensor(sum(sampled, []), device=self.device)
+                error = max((logp - plain).abs().mean().item() for logp in (sampled, learned))
+                if not error < (0.01 if self.causal_lm.dtype == torch.float32 else 0.5):
+                    raise ArithmeticError(f"log-probabilities differ by {error:.2g}")
+                prompts = [prompt + answer + [self.end] for prompt, answer in zip(prompts, tokens)]
+        except Exception as error:  # whatever it does not like
+            raise ValueError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
+                             f"{(str(error) or repr(error)).splitlines()[0]}") from None
+        self.peft.unload()
+        self.peft, self.siblings = None, []
 
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
@@ -714,7 +777,8 @@ class LanguageModel:
         # (B / G, longest), 1 = may be attended to
         mask = padded([[1] * (len(p) + max_new_tokens) for p in prompts], 0, device, left=True).bool()
         own = torch.eye(G, device=device).bool().repeat(1, max_new_tokens)  # which tokens are an answer's own
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
+        cache = (DynamicCache(config=self.causal_lm.config) if self.recurrent else
+                 Cache(layer_class_to_replicate=RoomyLayer))
         tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
         logps = torch.zeros(B, max_new_tokens, device=device)
         row = torch.arange(B, device=device).view(-1, G)  # which answers those still in the batch are
@@ -744,10 +808,11 @@ class LanguageModel:
             busy = alive.any(1)
             if not busy.any():
                 break
-            if self.stays:
+            if self.stays and len(cache.layers) > max(m.layer_idx for m in self.attentions):  # no layer shares its keys
                 self.write_on(cache, mask[:, :P], ids, position, alive, luck, tokens, logps, temperature, top_p)
                 break
-            if busy.float().mean() < 0.9:  # drop what is finished; copying the cache for each single one costs more
+            # drop what is finished; copying the cache for each single one costs more
+            if busy.float().mean() < 0.9 and not self.recurrent:
                 keep = busy.nonzero()[:, 0]
                 row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
                 names = [names[k] for k in keep.tolist()]
@@ -770,9 +835,8 @@ class LanguageModel:
         columns, at = torch.arange(L, device=ids.device), torch.arange(P, P + G, device=ids.device)
         allowed = F.pad(mask[:, None].expand(-1, G, -1), (0, L - P))  # (R, G, L): own prompt and own tokens
         allowed |= (columns >= P) & ((columns - P) % G == torch.arange(G, device=ids.device)[:, None])
-        attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
         kept = [[*(F.pad(x, (0, 0, 0, L - P)) for x in (layer.keys, layer.values)), at] for layer in cache.layers]
-        for module in attentions:
+        for module in self.attentions:
             module.kept = kept[module.layer_idx]
         t, position = torch.ones(1, dtype=torch.long, device=ids.device), position.expand(-1, G).clone()
 
@@ -789,6 +853,7 @@ class LanguageModel:
             for counter, step in ((position, 1), (at, G), (t, 1)):
                 counter.add_(step)
 
+        usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
             layer.forward = forward
         repeat = step
@@ -801,10 +866,10 @@ class LanguageModel:
                 repeat = graph.replay
             if k % 16 == 0 and not alive.any():
                 break
-        for module in attentions:
+        for module in self.attentions:
             module.kept = None
-        for layer, _ in self.compiled:
-            del layer.forward
+        for (layer, _), forward in zip(self.compiled, usual):
+            layer.forward = forward
 
     def prefill(self, names, prompts, mask, cache, rows, memory):
         """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
@@ -871,11 +936,7 @@ class LanguageModel:
             wanted = integers([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
                                for t in range(start, len(s))], self.device)
             self.wanted = wanted
-        for module in self.checkpointed:  # itself alone: what is in it stays in evaluation mode, without dropout
-            module.training = torch.is_grad_enabled()
         states = self.backbone(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)
-        for module in self.checkpointed:
-            module.training = False
         return states.flatten(0, 1)[wanted]
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):

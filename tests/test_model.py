@@ -6,8 +6,10 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTJConfig,
-                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen3Config)
+from tokenizers import processors
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, Gemma2Config, Gemma3TextConfig,
+                          Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
+                          MistralConfig, MixtralConfig, OPTConfig, Qwen3Config, RwkvConfig)
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
@@ -18,7 +20,8 @@ SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
            "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
            "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
-# these attend to the last tokens only, or scale or bend their logits after the output layer, or know no fused attention
+# these attend to the last tokens only, scale or bend their logits after the output layer, know no fused attention, share
+# keys between layers, have experts, or layers with a state instead of keys and values
 PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
             "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
@@ -26,7 +29,14 @@ PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=
             "bloom": lambda **ids: BloomConfig(hidden_size=32, n_layer=2, n_head=4, **ids),
             "granite": lambda **ids: GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=4.0, **ids),
             "gptj": lambda **ids: GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, **ids),
-            "opt": lambda **ids: OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, **ids)}
+            "opt": lambda **ids: OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, **ids),
+            "gemma3n": lambda **ids: Gemma3nTextConfig(
+                **SHAPE | {"num_hidden_layers": 4}, num_key_value_heads=2, head_dim=8, sliding_window=16, num_kv_shared_layers=2,
+                layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8, laurel_rank=4,
+                vocab_size_per_layer_input=ids["vocab_size"], activation_sparsity_pattern=[0.0] * 4, **ids),
+            "mixtral": lambda **ids: MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, **ids),
+            "lfm2": lambda **ids: Lfm2Config(**SHAPE | {"num_hidden_layers": 3}, num_key_value_heads=2,
+                                             layer_types=["conv", "full_attention", "conv"], **ids)}
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +118,11 @@ CHATS = {  # name: (template in the manner of that family, what ends an answer, 
     "mistral": ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + LOOP + "{% if m.role == 'user' %}"
                 "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}", "<|end|>",
                 "[INST] Rules.\n\nDo. [/INST]"),
+    "glm": (LOOP + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+            "<|user|>", "<|system|>\nRules.<|user|>\nDo.<|assistant|>\n"),  # the next message ends an answer
+    "forgets": (LOOP + "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>",  # leaves out the rules
+                "<|im_start|>user\nRules.\n\nDo.\n<|im_end|>\n<|im_start|>assistant\n"),
     "none": (None, "<|end|>", "system: Rules.\nuser: Do.\nassistant:")}
 
 
@@ -129,6 +144,26 @@ def test_every_chat_format_is_spoken_and_its_end_is_known(name, tokenizers, tmp_
     likely_to_end(lm)
     tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, luck(8, 16))
     assert {answer[-1] for answer in tokens if len(answer) < 16} == {lm.end}
+
+
+def test_a_base_model_without_a_chat_format_reads_its_first_token_all_the_same(tokenizers, tmp_path):
+    tokenizer = copy.deepcopy(tokenizers[1])
+    tokenizer.chat_template = None
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    lm = LanguageModel(make_folder(CONFIGS["llama"], tmp_path, tokenizer))
+    ids = lm.render([{"role": "user", "content": "Do."}])
+    assert ids.count(begin) == 1 and lm.tokenizer.decode(ids) == "<|begin|>user: Do.\nassistant:"
+
+
+@pytest.mark.parametrize("template, said", [("{{ raise_exception('roles, please') }}", "roles, please"), ("{% for %}", "")])
+def test_a_broken_chat_template_is_one_sentence(template, said, tokenizers, tmp_path):
+    tokenizer = copy.deepcopy(tokenizers[1])
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="no model id that can be loaded: .*" + said) as refused:
+        model.check_model(make_folder(CONFIGS["llama"], tmp_path, tokenizer), 2)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizers, tmp_path):
@@ -230,16 +265,44 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
 @pytest.mark.parametrize("name", PECULIAR)
 def test_models_with_peculiar_masks_and_logits(name, small, tokenizers, tmp_path):
     """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
-    lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0"])
+    lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
     lm.small &= small
+    LanguageModel(str(tmp_path)).check_itself()
+    for agent in ("agent_0", "agent_1"):
+        lm.save_adapter(agent, str(tmp_path))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    peft = PeftModel.from_pretrained(base, tmp_path / "agent_0", adapter_name="agent_0")
+    peft.load_adapter(tmp_path / "agent_1", adapter_name="agent_1")
     prompts = prompts_of(lm, 6)
-    tokens, logps = lm.generate(["agent_0"] * 6, prompts, luck(6, 24))
-    again, _ = lm.logprobs(["agent_0"] * 6, prompts, tokens)
-    lm.save_adapter("agent_0", str(tmp_path))
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_0")
-    plain = torch.cat([plain_logprobs(peft, prompt, answer) for prompt, answer in zip(prompts, tokens)])
-    assert torch.allclose(again, plain, atol=1e-4)
-    assert torch.allclose(torch.tensor([x for logp in logps for x in logp]), plain, atol=1e-4)
+    for names in (["agent_0"] * 6, ["agent_0"] * 4 + ["agent_1"] * 2):
+        tokens, logps = lm.generate(names, prompts, luck(6, 24))
+        again, _ = lm.logprobs(names, prompts, tokens)
+        plain = []
+        for name, prompt, answer in zip(names, prompts, tokens):
+            peft.set_adapter(name)
+            plain.append(plain_logprobs(peft, prompt, answer))
+        plain = torch.cat(plain)
+        assert torch.allclose(again, plain, atol=1e-4)
+        assert torch.allclose(torch.tensor([x for logp in logps for x in logp]), plain, atol=1e-4)
+
+
+def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, monkeypatch):
+    rwkv = make_folder(lambda **ids: RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=512, **ids),
+                       tmp_path / "rwkv", tokenizers[1])  # its state takes the padding in
+    with pytest.raises(ValueError, match="a model of type rwkv, does not work here: log-prob"):
+        model.load_models(rwkv, get_task("strbuild"), 8)
+    llama = make_folder(CONFIGS["llama"], tmp_path / "llama", tokenizers[1])
+    fine = LanguageModel(llama)
+    fine.check_itself()
+    assert not any("lora_" in key for key, _ in fine.causal_lm.named_parameters())  # nothing of the check is left
+    for name in ("packs", "kernel_mask"):  # each path is looked at: with one that is wrong, it speaks up
+        lm = LanguageModel(llama)
+        setattr(lm, name, False)
+        lm.check_itself()
+    lm = LanguageModel(llama)
+    lm.logit_scale = 0.9
+    with pytest.raises(ValueError, match="log-probabilities differ by"):
+        lm.check_itself()
 
 
 def test_padded_makes_lists_one_length():

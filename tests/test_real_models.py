@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
-from transformers import AddedToken, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import model
 from critic import Critic
@@ -161,18 +161,20 @@ def test_agents_with_different_bases(script, llm, inside, workplace):
 
 # --- memory: checkpointed activations change nothing but memory ----------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2"])
-def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, llm):
+@pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2", "opt"])
+def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, llm, tmp_path):
     grads, runs = [], []
+    folder = llm(name) if name in LLMS else make_folder(PECULIAR[name], tmp_path, AutoTokenizer.from_pretrained(llm("Qwen3")))
     for checkpointing in (False, True):
-        lm = LanguageModel(llm(name), rank=4, checkpointing=checkpointing)
+        lm = LanguageModel(folder, rank=4, checkpointing=checkpointing)
+        assert not lm.causal_lm.training  # opt has dropout
         torch.manual_seed(0)
         for agent in ("agent_0", "agent_1"):
             lm.add_adapter(agent)
         for p in lm.causal_lm.parameters():
             if p.requires_grad:
                 p.data = torch.randn_like(p) * 0.2
-        prompts = prompts_of(lm, 4)
+        prompts = [prompt[-200:] for prompt in prompts_of(lm, 4)]
         tokens, _ = lm.generate(["agent_0"] * 4, prompts, luck(4, 12))  # sampling in between keeps its cache
         attention = [m for key, m in lm.causal_lm.named_modules() if key.endswith(("self_attn", ".attn"))]
         count = []
