@@ -55,8 +55,8 @@ def baselines(returns, kind):
     """Monte Carlo baselines of the returns of a group: joint answers to the same item at the same turn.
 
     [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
-    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone has nothing
-    but itself: [5] gives [5].
+    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone has nothing but itself: [5] gives
+    [5].
     """
     total, n = sum(returns), len(returns)
     if kind == "none":
@@ -106,7 +106,7 @@ class Critic(nn.Module):
         return ids[-self.max_tokens:]
 
     def set_scale(self, returns):
-        """returns: those of each episode's turns. Head t = 0 then means their mean at turn t, and 1 one std above."""
+        """returns: those of each episode's turns. From head t, 0 then means their mean at turn t, 1 one std more."""
         for t in range(len(self.mean)):
             at_t = torch.tensor([ret[t] for ret in returns if len(ret) > t])
             if len(at_t):

@@ -51,7 +51,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, write_text
+from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, refusing, write_text
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -120,7 +120,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
     rng = random.Random(seed)
     torch.manual_seed(seed)
     encoding, tokenizer = tiny_tokenizer(task, rng)
-    user, assistant, end, pad = (encoding.encode_single_token(token) for token in SPECIAL[1:] + SPECIAL[:1])
+    pad, user, assistant, end = map(encoding.encode_single_token, SPECIAL)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=encoding.n_vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, max_position_embeddings=2048, use_parallel_residual=False, hidden_act="relu",
@@ -244,6 +244,14 @@ def load_models(names, task, max_new_tokens, *options):
     for base in bases.values():
         base.check_itself()
     return [bases[folder] for folder in folders]
+
+
+def load_state(path, device):
+    """What a train script's save wrote to train_state.pt; ValueError with one sentence if it cannot be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=False)
+    except Exception as error:  # of a file that is half there pickle may say anything
+        raise ValueError(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def memory_gb(device):
@@ -501,10 +509,10 @@ class FoldedLinear(torch.autograd.Function):
 
 
 def lora_forward(layer, x):
-    """y = x W + scale (x A) B, where every row of x has its own A and B; x: (B, T, inputs).
+    """y = x W^T + scale (x A^T) B^T, where every row of x has its own A and B; x: (B, T, inputs).
 
     PEFT can mix adapters in a batch too, but only without training and looking up each row's adapter by name in every
-    layer. Here all adapters' A are one matrix, and of x A each row keeps what its own adapter gave. Layers that read
+    layer. Here all adapters' A are one matrix, and of x A^T each row keeps what its own adapter gave. Layers that read
     the same x, such as query, key and value, share that product: the first one makes it for all.
     """
     y = layer.base_layer(x.flatten(0, -2))  # (B T, outputs)
@@ -529,7 +537,15 @@ def checkpointed(forward, *inputs, **options):
 class LanguageModel:
     """A frozen causal LM and its tokenizer, with any number of LoRA adapters.
 
-    Every method takes `names`, one adapter name per row; rows of one adapter must stand together.
+    generate, hidden and logprobs take `names`: per row its adapter's, or None for the base alone; rows of one adapter
+    must stand together. Which of the ways of computing the same numbers is taken:
+
+        prompts; updates on a CPU               Packed: one row without padding, shared beginnings once
+        updates on a GPU                        padded rows, which flash attention reads faster
+        sampling with a small base in float32   fold: one matrix per adapter instead of three
+        sampling on a GPU or with --compile     write_on: memory that stays, on a GPU as a CUDA graph
+        several answers to one prompt           one row of the batch, that many tokens at a time
+        attention other than torch's            padded rows and the library's own masks
     """
 
     def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False, compiled=False):
@@ -658,7 +674,7 @@ class LanguageModel:
                 for p in self.add_adapter(name):
                     torch.nn.init.normal_(p, std=0.02)
             for turn in range(2):
-                tokens, sampled = self.generate(names, prompts, luck, rows=range(4), memory=memory)
+                tokens, sampled = self.generate(names, prompts, luck, 1.0, 1.0, range(4), memory)
                 learned, _ = self.logprobs(names, prompts, tokens)
                 learned.sum().backward()
                 plain, self.wanted = [], None
@@ -850,8 +866,8 @@ class LanguageModel:
             logps.index_copy_(1, t, torch.where(alive, logp, 0.0).view(-1, 1))
             ids.copy_(token)
             alive.logical_and_(token != self.end)
-            for counter, step in ((position, 1), (at, G), (t, 1)):
-                counter.add_(step)
+            for counter, more in ((position, 1), (at, G), (t, 1)):
+                counter.add_(more)
 
         usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
@@ -995,12 +1011,12 @@ def generate(lms, rows, prompts, luck, temperature=1.0, top_p=1.0, memory=None):
 # --- decentralised execution ------------------------------------------------------------------------------------------
 
 
-def agent_process(connection, folder, agent, device, seed, limit, temperature, top_p):
+def agent_process(connection, folder, adapter, agent, device, seed, limit, temperature, top_p):
     """One agent, alone: it loads the base and its own adapter, and sees only the histories that it is sent."""
     torch.set_num_threads(1)
     try:
-        lm = LanguageModel(folder[0], device)
-        lm.add_adapter("agent", folder[1])
+        lm = LanguageModel(folder, device)
+        lm.add_adapter("agent", adapter)
     except ValueError as error:
         return connection.send(error)
     connection.send("ready")
@@ -1033,7 +1049,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--merge", metavar="FOLDER", help="play nothing; write plain models FOLDER/agent_0, ...")
     args = parser.parse_args()
-    try:
+    with refusing(parser):
         try:
             with open(os.path.join(args.out_dir, "config.json")) as file:
                 config = json.load(file)
@@ -1051,14 +1067,12 @@ def main():
             for folder, adapter in parts:
                 merge(folder, adapter, os.path.join(args.merge, os.path.basename(adapter)))
             return
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
 
     context, pipes = multiprocessing.get_context("spawn"), []
     for agent in range(task.num_agents):
         ours, theirs = context.Pipe()
         context.Process(target=agent_process, daemon=True, args=(
-            theirs, parts[agent], agent, args.device, args.seed, config["max_new_tokens"], config["temperature"],
+            theirs, *parts[agent], agent, args.device, args.seed, config["max_new_tokens"], config["temperature"],
             config["top_p"])).start()
         theirs.close()  # so that an agent that dies is noticed
         pipes.append(ours)

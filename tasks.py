@@ -3,6 +3,7 @@ Tasks: what each agent is shown, what its answer is worth, and when an episode e
 
 A task is one class; everything else in this repository knows a task only by these names:
 
+    name                                what --task and tables call it
     train_items, eval_items             lists of dicts; no item stands in both
     num_agents, num_turns               n agents, at most T turns
     instructions(agent)                 the rules, said once as system message
@@ -14,6 +15,7 @@ A task is one class; everything else in this repository knows a task only by the
     demonstration(rng), exercise(rng)   one conversation of that expert, and one that practises what a task needs
                                         most; the tiny base is trained on these
     draw(item, world, color)            the world as text for a terminal; draw_svg(item, world) as a picture
+    check(record)                       the item that a line of --data FILE.jsonl stands for, or ValueError
     settings()                          defaults of the train scripts
     base, base_batch, base_steps        name of the tiny base that fits (runs with one name share it), and how many
                                         conversations it learns from in how many steps
@@ -120,17 +122,12 @@ def history(task, episode, agent):
     return messages
 
 
-def paid(reward, task, turn, done):
-    """r_t of this turn: the reward itself, or, with a sparse reward, 0 in every turn but the episode's last."""
-    return reward if task.reward == "dense" or done or turn + 1 == task.num_turns else 0.0
-
-
 @contextlib.contextmanager
 def refusing(parser):
     """What is wrong in this block ends the script: one sentence, exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except ImportError as error:
         parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
@@ -208,7 +205,7 @@ def read_jsonl(path, check):
                     raise ValueError(f"{path}, line {number}: this is not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
                     raise ValueError(f"{path}, line {number}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"Cannot read {path}: {error}") from None
     if not items["train"]:
         raise ValueError(f"{path} has no training line.")
@@ -255,10 +252,10 @@ def write_atomic(path, write):
     try:
         write(path + ".part")
         os.replace(path + ".part", path)
-    except Exception:  # a full disk, say
+    except Exception as error:  # a full disk, say
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise
+        raise OSError(f"{path} cannot be written: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def write_text(path, text):
@@ -273,10 +270,10 @@ FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every",
         "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
 
 
-def cut_log(out_dir, step, steps):
+def cut_log(out_dir, step, again):
     """Forget what log.jsonl and samples.txt say of steps after that one, and a line that was half written.
 
-    A run of `steps` steps that is complete evaluates its agents again, so their last evaluation goes, too.
+    again: is an evaluation due at that step? Then it is made once more, so what is there of it goes, too.
     """
     for name, entry in (("log.jsonl", r'^{"step": (\d+).*\n'),
                         ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
@@ -285,13 +282,13 @@ def cut_log(out_dir, step, steps):
             with open(path, encoding="utf-8") as file:
                 entries = re.finditer(entry, file.read(), re.MULTILINE)
             write_text(path, "".join(found[0] for found in entries if int(found[1]) <= step - (
-                step == steps and '"train/' not in found[0])))
+                again and (name == "samples.txt" or '"train/' not in found[0]))))
 
 
 RANGES = {name: (1, 1e9) for name in (
-    "threads", "max_new_tokens", "num_agents", "batch_size", "group_size", "lora_rank", "passes", "minibatches",
-    "micro_batch", "save_every", "critic_tokens")} | {name: (0, 1e9) for name in (
-        "steps", "lr", "critic_lr", "clip", "eval_every")} | {
+    "max_new_tokens", "num_agents", "batch_size", "group_size", "passes", "minibatches", "micro_batch", "save_every",
+    "critic_tokens")} | {name: (0, 1e9) for name in ("steps", "lr", "critic_lr", "clip", "eval_every")} | {
+    "threads": (1, 1024), "lora_rank": (1, 4096), "num_turns": (1, 1000),
     "seed": (0, 2 ** 63 - 1), "gamma": (0, 1), "lam": (0, 1), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1)}
 
 
@@ -308,6 +305,8 @@ def check_run_folder(args):
     path = os.path.join(args.out_dir, "config.json")
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
+    if args.resume and args.eval_only:
+        raise ValueError("--resume trains on and --eval_only only evaluates; give one of them.")
     if not os.path.exists(path):
         if args.resume:
             raise ValueError(f"There is no run to resume in {args.out_dir}.")
@@ -321,11 +320,15 @@ def check_run_folder(args):
             saved = json.load(file)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if "out_dir" not in saved:
+    if not isinstance(saved, dict) or "out_dir" not in saved:
         raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
+        if os.path.isdir(os.path.join(args.out_dir, "agent_0")) and not os.path.exists(
+                os.path.join(args.out_dir, "train_state.pt")):
+            raise ValueError(f"{args.out_dir} has agents but no train_state.pt, from which they could be trained or "
+                             "evaluated.")
         ignored = FREE if args.resume else set(vars(args)) - {
             "algorithm", "task", "world", "model", "num_agents", "lora_rank"}
         differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
@@ -335,12 +338,11 @@ def check_run_folder(args):
 
 
 def open_run_folder(args, versions):
-    """Make the folder, empty it of an overwritten run, and write config.json."""
-    if args.overwrite and os.path.exists(os.path.join(args.out_dir, "config.json")):
-        shutil.rmtree(args.out_dir)
+    """Make the folder, take out what an overwritten run wrote or a killed one left, and write config.json."""
     os.makedirs(args.out_dir, exist_ok=True)
-    for stray in glob.glob(os.path.join(args.out_dir, ".saving-*")):  # left by a killed run
-        shutil.rmtree(stray, ignore_errors=True)
+    written = ["agent_*", "critic", "critic_*", "log.jsonl", "samples.txt", "train_state.pt"] if args.overwrite else []
+    for path in [path for name in [*written, ".saving-*"] for path in glob.glob(os.path.join(args.out_dir, name))]:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
@@ -348,7 +350,7 @@ def open_run_folder(args, versions):
 
 
 class Task:
-    """A task, but for what it is about: random_item(rng), key(item), observation, judge and expert; check for files."""
+    """What tasks share. Each adds random_item, key, observation, judge and expert, and check for --data FILE.jsonl."""
     turns, agents = 1, (1, 2)                         # T unless --num_turns says otherwise; how many may play
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
     max_new_tokens, base_batch, base_steps, pattern = 128, 6, 1400, r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"
@@ -360,10 +362,10 @@ class Task:
         self.name = self.base = type(self).__name__.lower()
         if num_agents not in self.agents:
             raise ValueError(f"{self.name} is for {' or '.join(map(str, self.agents))} agents, not {num_agents}.")
-        self.num_agents, self.num_turns, self.reward, self.world = num_agents, num_turns or self.turns, reward, world
-        self.mode = feedback or self.feedback_modes[0]
-        for kind, choice, choices in [("feedback", self.mode, self.feedback_modes), ("world", world, self.worlds),
-                                      ("reward", reward, ["dense", "sparse"])]:
+        self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
+        self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
+        for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),
+                                      ("world", world, self.worlds), ("reward", reward, ["dense", "sparse"])]:
             if choice not in choices:
                 raise ValueError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
         self.setup()
@@ -408,13 +410,17 @@ class Task:
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
-        """An Outcome; without feedback everybody is told what the last answers were worth."""
+        """An Outcome; without feedback everybody is told what the last answers were worth.
+
+        A sparse reward is 0 in every turn but the episode's last.
+        """
         told = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
-        return Outcome(paid(reward, self, turn, done), score, parts, done, told, world)
+        paid = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
+        return Outcome(paid, score, parts, done, told, world)
 
     def demonstration(self, rng):
         item, team = self.shown(rng), copy.copy(self)
-        team.num_agents, team.mode = rng.choice([1, 2, 2]), self.feedback_modes[0]  # one base for all options
+        team.num_agents, team.feedback_mode = rng.choice([1, 2, 2]), self.feedback_modes[0]  # one base for all options
         agent, turn = rng.randrange(team.num_agents), rng.randrange(3)
         first = [team.expert(item, i, rng) for i in range(team.num_agents)]
         messages = [{"role": "user", "content": team.observation(item, agent)},
@@ -455,8 +461,8 @@ class StrBuild(Task):
     """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
 
     Rules and reward: minecraft_sim.strbuild_score. The training reward is reward - 2; above -0.1 the episode ends.
-    Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten
-    of the others are held out: never trained on, and in no demonstration.
+    Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten of the others that
+    have two letters or more are held out: never trained on, and in no demonstration.
     """
     # a cell is one word, and so is a block with the line break and the command that follow it: 2 tokens a command;
     # places and letters stay apart, so that unseen strings are made of seen tokens
@@ -465,7 +471,6 @@ class StrBuild(Task):
     first, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
 
     def setup(self):
-        self.persistent = self.world == "persistent"
         # 160 tokens: the longest string has 64 cells, 2 tokens each, and three more a letter. In the persistent world
         # three turns' commands cannot fill any of the built-in strings, and conversations are shorter
         self.base, self.base_batch, self.max_commands, self.max_new_tokens = (
@@ -514,11 +519,11 @@ class StrBuild(Task):
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
-        done = parts["reward"] - 2 > -0.1
-        feedback = [self.feedback(self.mode, item["string"], self.palettes, agent, responses, start, turn + 1)
+        world = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0]
+        feedback = [self.feedback(self.feedback_mode, item["string"], self.palettes, agent, responses, start, turn + 1)
                     for agent in range(self.num_agents)]
-        return Outcome(paid(parts["reward"] - 2, self, turn, done), 100 * parts["iou"], parts, done, feedback,
-                       sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0])
+        reward = parts["reward"] - 2
+        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, feedback)
 
     def feedback(self, mode, string, palettes, agent, responses, start, turn):
         """What an agent is told before turn `turn`, the first one being 0; responses found the world start."""
@@ -707,9 +712,9 @@ class HouseBuild(Task):
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
         parts["kills"] = sum(None in commands for commands in accepted)
         target, feedback = sim.house_target(layers, inventory), None
-        if self.mode == "position":
+        if self.feedback_mode == "position":
             feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.listed(item)}"] * self.num_agents
-        elif self.mode == "perfect":
+        elif self.feedback_mode == "perfect":
             feedback = []
             for commands in accepted:
                 wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in filter(None, commands)
@@ -985,6 +990,8 @@ SECONDS = 2.0, 6.0  # time limits of one test, and of all tests of one pair of a
 # process namespace is cleared after it; where that is refused, and on macOS, its limits and its process group remain.
 # It passes by sending a token after its last line, so exit(0) is no pass. Not stopped: reading files, searching the
 # caller's frames, an __eq__ that is always true; where namespaces are refused, what the trainer's own user may do.
+# Numbers: unshare 0x50020000 are CLONE_NEWUSER, NEWNET and NEWNS, 0x20000000 is CLONE_NEWPID; system call 442 is
+# mount_setattr; prctl 1, 4, 22 and 38 set PDEATHSIG, DUMPABLE, SECCOMP and NO_NEW_PRIVS.
 SANDBOX = """
 import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
 import random, re, resource, select, shutil, statistics, string, struct, sys, time, typing  # once, for all tests
@@ -1305,7 +1312,7 @@ class CoopHE(Task):
         for parts, responses in zip(verdicts, answers):
             level, reward = parts.pop("level"), parts["reward"] - 4
             parts["pass_rate"] = parts["passed"] / parts["total"]
-            told = [f"Turn {turn + 2}. {level}"] * self.num_agents if self.mode == "level" else None
+            told = [f"Turn {turn + 2}. {level}"] * self.num_agents if self.feedback_mode == "level" else None
             outcomes.append(self.outcome(reward, 25 * parts["reward"], parts, turn, reward > -0.2, level, told))
         return outcomes
 
@@ -1372,15 +1379,13 @@ def main():
     parser.add_argument("--svg", metavar="FILE", help="strbuild, housebuild: also write the world as a picture")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    try:
+    with refusing(parser):
         task = get_task(args.task)
         episode = Episode(rng.choice(task.train_items))
         responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
         outcome = task.judge(episode.item, responses, 0)
         if args.svg:
             write_text(args.svg, task.draw_svg(episode.item, outcome.world))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")
         for message in history(task, episode, agent):

@@ -6,8 +6,8 @@ One step of training, in the symbols of arXiv 2601.21972:
  2. Agent i's critic reads what agent i was shown and wrote, h_i,t, and nothing else, and says V_i(h_i,t).
  3. TD error = advantage of agent i:  A_i,t = r_t + gamma V_i(h_i,t+1) - V_i(h_i,t),  V_i after the last turn is 0.
  4. Critics: minimise  mean (V_i(h_i,t) - y_i,t)^2  with the constant y_i,t = r_t + gamma V_i(h_i,t+1).
- 5. Actors:  maximise  mean min(rho A, clip(rho) A)  over tokens' ratios rho = pi_i / pi_i at sampling; in the first
-    update of a step rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+ 5. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A),  rho = pi_i / pi_i at
+    sampling; in a step's first minibatch rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 After training critics are thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
@@ -33,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 from critic import Critic, explained, td_targets
-from model import check_model, gather, generate, join_ranks, load_models, memory_gb, micro_batches, optimizer_step
+from model import (check_model, gather, generate, join_ranks, load_models, load_state, memory_gb, micro_batches,
+                   optimizer_step)
 from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
                    mean, minibatches, open_run_folder, refusing, summary, write_atomic)
 
@@ -48,12 +49,12 @@ group.add_argument("--lora_rank", type=int, default=16, help="rank of every LoRA
 group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2, ... (default: the model's own)")
 group.add_argument("--compile", action="store_true", help="torch.compile what writes answers (GPU; slow at first)")
-group.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+group.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
 group.add_argument("--task", default="strbuild", help="tldr, arxiv, coophe, strbuild (default), housebuild")
 group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
-group.add_argument("--feedback", default=None, help="what agents are told between turns (default: the task's)")
+group.add_argument("--feedback", default=None, help="told between turns: position, score, perfect, level (by task)")
 group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
@@ -72,9 +73,9 @@ group.add_argument("--critic_lr", type=float, default=2e-3, help="AdamW learning
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
 group.add_argument("--micro_batch", type=int, default=8, help="rows per forward: memory, not the result (default 8)")
-group.add_argument("--gradient_checkpointing", action="store_true", help="much less memory, a third more arithmetic")
+group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, half more arithmetic in updates")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
-group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads, newest tokens kept")
+group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads (default 2048)")
 group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
@@ -111,10 +112,11 @@ with refusing(parser):
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
-if not args.eval_only and rank == 0:
-    open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
-if args.wandb and rank == 0:
+if args.wandb and not args.eval_only and rank == 0:
     wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
+if not args.eval_only and rank == 0:
+    with refusing(parser):
+        open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
 
 # --- actors -----------------------------------------------------------------------------------------------------------
 
@@ -138,8 +140,8 @@ progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s":
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 saved = None
 if (args.resume or args.eval_only) and os.path.exists(state_path):
-    saved = torch.load(state_path, map_location=args.device, weights_only=False)
     with refusing(parser):
+        saved = load_state(state_path, args.device)
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
@@ -150,21 +152,30 @@ if saved and args.resume:
         part.load_state_dict(saved[name])
     rng.setstate(saved["rng"])
     generator.set_state(saved["generator"].cpu())
+
+
+def due(step):
+    """Is there an evaluation after this step? The one of step 0 is of the untrained team."""
+    return step == 0 or step >= args.steps or args.eval_every > 0 and step % args.eval_every == 0
+
+
 if args.resume and rank == 0:
-    cut_log(args.out_dir, progress["step"] if saved else -1, args.steps)
+    cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 
 
 def save():
-    """The adapter folders are what agents need to work; train_state.pt, written last, is all that --resume needs."""
+    """train_state.pt, written first, is all that --resume needs; the adapter folders are what agents need to work."""
     if rank > 0:
         return
-    for i in agents:
-        lms[i].save_adapter(f"agent_{i}", args.out_dir)
-    for critic in critics:
-        critic.save(args.out_dir)
-    write_atomic(state_path, lambda path: torch.save({name: part.state_dict() for name, part in stateful.items()} | {
-        "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
-        "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}, path))
+    with refusing(parser):
+        state = {name: part.state_dict() for name, part in stateful.items()} | {
+            "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
+            "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}
+        write_atomic(state_path, lambda path: torch.save(state, path))
+        for i in agents:
+            lms[i].save_adapter(f"agent_{i}", args.out_dir)
+        for critic in critics:
+            critic.save(args.out_dir)
 
 
 def log(line):
@@ -233,14 +244,14 @@ def update_critics(episodes):
             critic.set_scale([e.returns(args.gamma) for e in episodes])
     for c, critic in list(enumerate(critics)) * args.passes:
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):
-            histories = sum(len(e.turns) for e in part)
+            num_histories = sum(len(e.turns) for e in part)
             for batch in micro_batches(part, lambda turn: turn.critic_inputs[c], args.micro_batch):
                 at = [t for _, t in batch]  # turn numbers
                 values = critic([e.turns[t].critic_inputs[c] for e, t in batch], at)  # (B,)
                 for (e, t), value in zip(batch, values.tolist()):
                     e.turns[t].values.setdefault(c, value)  # not what it says in later passes: it has learned from this
                 targets = torch.tensor([td(e, c, t)[0][0] for e, t in batch], device=args.device)  # (B,)
-                loss = (((values - targets) / critic.std[at]) ** 2).sum() / histories
+                loss = (((values - targets) / critic.std[at]) ** 2).sum() / num_histories
                 loss.backward()
                 total += loss.item()
             optimizer_step(critic_optimizer, critic.weights)
@@ -256,7 +267,7 @@ def update_actors(episodes):
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):
-            answers = sum(len(e.turns) for e in part) * len(agents)
+            num_answers = sum(len(e.turns) for e in part) * len(agents)
             for i in agents:
                 for batch in micro_batches(part, lambda turn: turn.prompts[i], args.micro_batch):
                     turns = [e.turns[t] for e, t in batch]
@@ -268,13 +279,13 @@ def update_actors(episodes):
                                              device=args.device)
                     ratio = (logp - old_logp).exp()
                     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                    loss = -torch.min(ratio * advantage, clipped * advantage).sum() / answers
+                    loss = -torch.min(ratio * advantage, clipped * advantage).sum() / num_answers
                     loss.backward()
                     total += loss.item()
                     entropies.append((entropy.sum().item(), len(entropy)))
             norms.append(optimizer_step(actor_optimizer, actor_parameters))
-    entropy, tokens = map(sum, zip(*gather(entropies)))
-    return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / tokens,
+    entropy, num_tokens = map(sum, zip(*gather(entropies)))
+    return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / num_tokens,
             "policy/grad_norm": mean(norms)}
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -303,8 +314,8 @@ if args.eval_only:
 interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
-if progress["step"] == 0:
-    evaluate(show=0)  # the untrained team
+if progress["step"] < args.steps and due(progress["step"]):
+    evaluate(show=0)
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:
@@ -333,7 +344,7 @@ for step in bar:
     log(line)
     bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
                     tok_s=f"{new_tokens / (t1 - t0):.0f}")
-    tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.split('/')[-1]} {line[key]:.4g}" for key in (
+    tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.removeprefix('train/')} {line[key]:.4g}" for key in (
         "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
         "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
     stop = gather(interrupted)
@@ -342,7 +353,7 @@ for step in bar:
     if stop:
         print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
         sys.exit(130)
-    if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+    if step + 1 < args.steps and due(step + 1):
         evaluate(show=0)
 save()
 evaluate(show=2)

@@ -163,7 +163,8 @@ def ours(job):
                  **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
-    steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations
+    steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations,
+    steps = steps[-job["steps"] - 1:]  # but for the first ones, in which the model is tried out
     rollout, update = (mean(line[f"time/{part}_s"] for line in lines) for part in ("rollout", "update"))
     scoring = seconds["scoring"] / len(steps)
     critic = mean(next(call[1] for call in step if call[0] == "update") -

@@ -55,7 +55,7 @@ def four_steps(workplace, data):
 def log_of(folder):
     """log.jsonl without what the clock says."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
-    clock = ("wall_s", "time/", "memory", "joint_actions_per_s", "tokens_per_s")
+    clock = ("wall_s", "time/", "memory")
     return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
 
 
