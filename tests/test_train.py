@@ -321,6 +321,32 @@ def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps):
     resume_and_compare(train, folder, four_steps, "--save_every", 99)
 
 
+def test_an_evaluation_that_a_stop_cut_off_is_made_on_resume(workplace, data, train):
+    flags = ["--steps", 3, "--eval_every", 1, "--save_every", 1]
+    whole = train("evaluated", *flags)
+    assert [line["step"] for line in log_of(whole) if "eval/score" in line] == [0, 1, 2, 3]
+    folder = workplace.folder / "cut-off"
+    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, *flags)
+    wait_for(run, folder / "log.jsonl", "eval/score")
+    os.kill(run.process.pid, signal.SIGINT)
+    run.process.join(60)
+    assert run.process.exitcode == 130 and "train/" in (folder / "log.jsonl").read_text().splitlines()[-1]
+    train(folder.name, *flags, "--resume")
+    assert log_of(folder) == log_of(whole) and (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    train(folder.name, *flags[2:], "--steps", 2, "--resume")  # it has more steps already
+    assert log_of(folder) == log_of(whole)
+
+
+def test_overwriting_takes_only_what_a_run_wrote(train, four_steps, workplace):
+    folder = workplace.folder / "shelf"
+    shutil.copytree(four_steps, folder)
+    shutil.copytree(four_steps, folder / "another")
+    (folder / "notes.txt").write_text("mine")
+    train("shelf", "--steps", 0, "--overwrite")
+    assert (folder / "notes.txt").read_text() == "mine" and same_weights(folder / "another", four_steps)
+    assert len(log_of(folder)) == 1 and not same_weights(folder, four_steps)
+
+
 @pytest.mark.parametrize("save_every, last_words", [(99, '"step": 1'), (2, '"step": 3'), (1, '"step": 2')],
                          ids=["before the first save", "between saves", "while saving"])
 def test_a_killed_run_resumes(workplace, data, train, four_steps, save_every, last_words):
@@ -475,6 +501,15 @@ def test_a_step_with_other_settings(train, arguments):
     (["--out_dir", "full"], ["full"]),
     (["--out_dir", "a-model", "--overwrite"], ["a-model"]),  # a config.json alone does not make it a run
     (["--out_dir", "a-copy", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
+    (["--out_dir", "a-copy", "--resume", "--eval_only"], ["--resume", "--eval_only"]),
+    (["--out_dir", "stateless", "--resume", "--steps", 4], ["stateless", "no train_state.pt"]),
+    (["--out_dir", "stateless", "--eval_only"], ["stateless", "no train_state.pt"]),
+    (["--out_dir", "truncated", "--resume", "--steps", 4], ["train_state.pt", "cannot be read"]),
+    (["--out_dir", "five", "--eval_only"], ["five", "holds no run"]),
+    (["--out_dir", "full/thesis.txt/run"], ["thesis.txt"]),
+    (["--num_turns", 10 ** 9], ["num_turns", "1000"]),
+    (["--lora_rank", 10 ** 9], ["lora_rank"]),
+    (["--threads", 10 ** 6], ["threads"]),
     pytest.param(["--wandb"], ["pip install wandb"], marks=pytest.mark.skipif(find_spec("wandb"), reason="it is there")),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
 def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, said):
@@ -483,7 +518,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     (files / "full").mkdir(exist_ok=True)
     (files / "full" / "thesis.txt").write_text("mine")
     shutil.copytree(workplace.tiny, files / "a-model", dirs_exist_ok=True)
-    shutil.copytree(four_steps, files / "a-copy", dirs_exist_ok=True)
+    for name in ("a-copy", "stateless", "truncated"):
+        shutil.copytree(four_steps, files / name, dirs_exist_ok=True)
+    os.remove(files / "stateless" / "train_state.pt")
+    (files / "truncated" / "train_state.pt").write_bytes((four_steps / "train_state.pt").read_bytes()[:5000])
+    (files / "five").mkdir(exist_ok=True)
+    (files / "five" / "config.json").write_text("5")
     (files / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
     (files / "shapeless.jsonl").write_text('{"string": "D?G"}\n')
     kept = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
@@ -494,7 +534,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     assert run.err.count("\n") == 1, run.err
     assert [word for word in said if word not in run.err] == []
     assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
-    assert os.path.exists(files / "a-model" / "model.safetensors") and os.path.exists(files / "a-copy" / "agent_0")
+    assert os.path.exists(files / "a-model" / "model.safetensors")
+    assert all(same_weights(files / name, four_steps) for name in ("a-copy", "stateless", "truncated"))
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
 
 
