@@ -60,7 +60,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PLAIN_TEMPLATE = ("{{ begin }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                   "{% if add_generation_prompt %}assistant:{% endif %}")
 # the tiny base knows the rules from its demonstrations, so its template leaves the system message out
 TEMPLATE = ("{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
@@ -173,7 +173,7 @@ def load_tokenizer(name):
     tokenizer, knows_system = AutoTokenizer.from_pretrained(name), True
     if tokenizer.chat_template is None:
         begin = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""  # Llama, not GPT-2
-        tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ begin }}", begin)
+        tokenizer.chat_template = begin + PLAIN_TEMPLATE
     talk = [{"role": role, "content": "\u00a7"} for role in ("system", "user", "assistant", "user")]
     try:
         text = tokenizer.apply_chat_template(talk[:2], tokenize=False)
@@ -582,7 +582,7 @@ class LanguageModel:
         self.backbone = self.causal_lm.base_model
         # models whose attention can be replaced read rows without padding and shared beginnings once
         self.packs = (config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
-                      and not self.recurrent)
+                      and not self.recurrent and not getattr(config, "kv_lora_rank", None))  # DeepSeek's keys
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
         self.stays = self.packs and (device.startswith("cuda") or compiled)  # answers are written by write_on
@@ -667,6 +667,7 @@ class LanguageModel:
         A model can be peculiar in any way (a head in front of its head, attention of its own, ...); a short cut that
         holds for others would then give wrong numbers without a word.
         """
+        compiled, self.compiled = self.compiled, []  # compiling takes longer than all of this
         names, memory, luck = ["check_0"] * 2 + ["check_1"] * 2, {}, torch.rand(4, 3)
         prompts = [self.render([{"role": "user", "content": text}]) for text in ["one"] * 2 + ["one two three"] * 2]
         try:
@@ -693,7 +694,7 @@ class LanguageModel:
             raise ValueError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{(str(error) or repr(error)).splitlines()[0]}") from None
         self.peft.unload()
-        self.peft, self.siblings = None, []
+        self.peft, self.siblings, self.compiled = None, [], compiled
 
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]

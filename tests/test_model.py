@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, Gemma2Config, Gemma3TextConfig,
-                          Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, DeepseekV3Config,
+                          Gemma2Config, Gemma3TextConfig, Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
                           MistralConfig, MixtralConfig, OPTConfig, Qwen3Config, RwkvConfig)
 
 import model
@@ -21,7 +21,7 @@ CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda *
            "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
            "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
 # these attend to the last tokens only, scale or bend their logits after the output layer, know no fused attention, share
-# keys between layers, have experts, or layers with a state instead of keys and values
+# keys between layers or compress them, have experts, or layers with a state instead of keys and values
 PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
             "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
@@ -35,6 +35,10 @@ PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=
                 layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8, laurel_rank=4,
                 vocab_size_per_layer_input=ids["vocab_size"], activation_sparsity_pattern=[0.0] * 4, **ids),
             "mixtral": lambda **ids: MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, **ids),
+            "deepseek": lambda **ids: DeepseekV3Config(
+                **SHAPE, num_key_value_heads=4, head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+                qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+                moe_intermediate_size=32, first_k_dense_replace=1, **ids),
             "lfm2": lambda **ids: Lfm2Config(**SHAPE | {"num_hidden_layers": 3}, num_key_value_heads=2,
                                              layer_types=["conv", "full_attention", "conv"], **ids)}
 
