@@ -41,7 +41,6 @@ import ast
 import collections
 import contextlib
 import copy
-import glob
 import itertools
 import json
 import math
@@ -340,8 +339,10 @@ def check_run_folder(args):
 def open_run_folder(args, versions):
     """Make the folder, take out what an overwritten run wrote or a killed one left, and write config.json."""
     os.makedirs(args.out_dir, exist_ok=True)
-    written = ["agent_*", "critic", "critic_*", "log.jsonl", "samples.txt", "train_state.pt"] if args.overwrite else []
-    for path in [path for name in [*written, ".saving-*"] for path in glob.glob(os.path.join(args.out_dir, name))]:
+    written = r"\.saving-.*|.*\.part"
+    if args.overwrite:
+        written += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
+    for path in [os.path.join(args.out_dir, name) for name in os.listdir(args.out_dir) if re.fullmatch(written, name)]:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 

@@ -155,7 +155,7 @@ if saved and args.resume:
 
 
 def due(step):
-    """Is there an evaluation after this step? The one of step 0 is of the untrained team."""
+    """Is there an evaluation after so many steps? The one after 0 is of the untrained team."""
     return step == 0 or step >= args.steps or args.eval_every > 0 and step % args.eval_every == 0
 
 
@@ -303,8 +303,8 @@ def evaluate(show):
                 file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
     for e in episodes[:show]:
         print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
-    print(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
-          f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
+    tqdm.write(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
+               f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
 
 # --- training loop ----------------------------------------------------------------------------------------------------
 
@@ -314,11 +314,11 @@ if args.eval_only:
 interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
-if progress["step"] < args.steps and due(progress["step"]):
-    evaluate(show=0)
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:
+    if due(step):
+        evaluate(show=0)
     t0 = time.time()
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # the critic has to keep up to the end
     for counter in [*lms, *critics]:
@@ -353,8 +353,6 @@ for step in bar:
     if stop:
         print(f"interrupted: saved {args.out_dir} at step {step + 1}; continue with --resume")
         sys.exit(130)
-    if step + 1 < args.steps and due(step + 1):
-        evaluate(show=0)
 save()
 evaluate(show=2)
 print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt whole "

@@ -299,12 +299,15 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
     fine = LanguageModel(llama)
     fine.check_itself()
     assert not any("lora_" in key for key, _ in fine.causal_lm.named_parameters())  # nothing of the check is left
-    for name in ("packs", "kernel_mask"):  # each path is looked at: with one that is wrong, it speaks up
-        lm = LanguageModel(llama)
-        setattr(lm, name, False)
-        lm.check_itself()
     lm = LanguageModel(llama)
     lm.logit_scale = 0.9
+    with pytest.raises(ValueError, match="log-probabilities differ by"):
+        lm.check_itself()
+    lm = LanguageModel(llama)  # one that decodes badly, and would end its answers before it does
+    likely_to_end(lm)
+    forward = lm.causal_lm.forward
+    lm.causal_lm.forward = lambda **inputs: forward(**inputs | {"position_ids": inputs["position_ids"] * 0} if inputs[
+        "input_ids"].shape[1] < 3 and "position_ids" in inputs else inputs)
     with pytest.raises(ValueError, match="log-probabilities differ by"):
         lm.check_itself()
 

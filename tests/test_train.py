@@ -338,12 +338,13 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_on_resume(workplace, data, tr
 
 
 def test_overwriting_takes_only_what_a_run_wrote(train, four_steps, workplace):
-    folder = workplace.folder / "shelf"
+    folder = workplace.folder / "shelf[1]"  # no pattern for file names
     shutil.copytree(four_steps, folder)
     shutil.copytree(four_steps, folder / "another")
-    (folder / "notes.txt").write_text("mine")
-    train("shelf", "--steps", 0, "--overwrite")
-    assert (folder / "notes.txt").read_text() == "mine" and same_weights(folder / "another", four_steps)
+    (folder / "agent_notes.txt").write_text("mine")
+    (folder / "train_state.pt.part").write_text("half")
+    train(folder.name, "--steps", 0, "--overwrite")
+    assert (folder / "agent_notes.txt").read_text() == "mine" and not (folder / "train_state.pt.part").exists() and same_weights(folder / "another", four_steps)
     assert len(log_of(folder)) == 1 and not same_weights(folder, four_steps)
 
 
