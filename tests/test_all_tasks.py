@@ -266,6 +266,7 @@ def test_the_task_that_the_readme_adds(workplace):
         shutil.copy(file, folder)
     code, heading = (folder / "tasks.py").read_text(), "# --- all tasks, and python tasks.py"
     assert code.count(heading) == 1
+    block = re.sub(r"\b600\b", "60", block)  # a worse base, sooner
     (folder / "tasks.py").write_text(code.replace(heading, block + "\n\n" + heading).replace(
         'TASKS = {', f'TASKS = {{"{name.lower()}": {name}, '))
     run = subprocess.run([sys.executable, "train_cc.py", "--task", name.lower(), "--steps", "3"], cwd=folder, capture_output=True,

@@ -277,10 +277,12 @@ def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
     assert len(critic.input_ids([[{"role": "user", "content": "x y " * 400}]])) == 512 and critic.truncated == 1
 
 
-def test_an_overlong_history_is_logged(inside, llm):
+def test_an_overlong_history_is_logged(inside, llm, tmp_path):
     """Prompts fit at first; a long answer makes the next history too long."""
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"string": "ICML"}\n{"string": "CLIM", "split": "eval"}\n')
     run = inside("train_cc.py", "--task", "strbuild", *SMALL[2:], "--num_turns", 2, "--model", llm("gpt2"), "--steps", 1,
-                 "--max_new_tokens", 170)
+                 "--max_new_tokens", 170, "--data", items)
     line = train_lines(run["args"].out_dir)[0]
     assert line["prompt/truncated"] > 0 and line["train/turns"] == 2
     assert all(len(prompt) <= run["lms"][0].context - 170 for e in run["episodes"] for turn in e.turns for prompt in turn.prompts)
