@@ -383,9 +383,8 @@ def draw_svg(plan, world, title="", size=20):
 
     target, grid = plan
     W, H, D = (1 + max(cell[axis] for row in grid for cell in row if cell) for axis in range(3))
-    ground = min(cell[1] for row in grid for cell in row if cell)
-    top, bottom = screen(W, H, 0)[1] - 34, screen(0, ground, D)[1] + 10  # 34: room for the title
-    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(bottom - top)
+    ground, top = min(cell[1] for row in grid for cell in row if cell), screen(W, H, 0)[1] - 34  # room for the title
+    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(screen(0, ground, D)[1] + 10 - top)
     title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',

@@ -51,7 +51,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from tasks import TASK_OPTIONS, Episode, Turn, dialogue, get_task, history, refusing, write_text
+from tasks import TASK_OPTIONS, Episode, Turn, dialogue, first_line, get_task, history, refusing, write_text
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -170,7 +170,7 @@ def load_tokenizer(name):
     GLM's is the <|user|> of the next message. A model without a template, such as GPT-2, reads plain text and ends with
     its eos token. ValueError if there is none.
     """
-    tokenizer, knows_system = AutoTokenizer.from_pretrained(name), True
+    tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.chat_template is None:
         begin = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""  # Llama, not GPT-2
         tokenizer.chat_template = begin + PLAIN_TEMPLATE
@@ -211,8 +211,7 @@ def check_model(names, num_agents):
             AutoConfig.from_pretrained(name)
             load_tokenizer(name)
         except Exception as error:  # a chat template from anywhere can be wrong in any way
-            why = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(f"{name} is no folder and no model id that can be loaded: {why}") from None
+            raise ValueError(f"{name} is no folder and no model id that can be loaded: {first_line(error)}") from None
 
 
 def model_folders(names, task):
@@ -251,7 +250,7 @@ def load_state(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # of a file that is half there pickle may say anything
-        raise ValueError(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def memory_gb(device):
@@ -558,7 +557,7 @@ class LanguageModel:
             # layers with a state instead of keys and values (Qwen3.5, LFM2): no row can share or leave anything
             self.recurrent = any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers)
         except Exception as error:  # weights from anywhere can be wrong in any way
-            raise ValueError(f"{folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
+            raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
@@ -693,7 +692,7 @@ class LanguageModel:
                 prompts = [prompt + answer + [end] for prompt, answer in zip(prompts, tokens)]
         except Exception as error:  # whatever it does not like
             raise ValueError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
-                             f"{(str(error) or repr(error)).splitlines()[0]}") from None
+                             f"{first_line(error)}") from None
         self.peft.unload()
         self.peft, self.siblings, self.compiled, self.end = None, [], compiled, end
 
@@ -991,7 +990,7 @@ class LanguageModel:
             try:
                 self.peft.save_pretrained(build, selected_adapters=[name])
             except Exception as error:  # safetensors has a kind of its own for a full disk
-                raise OSError(f"{out_dir}/{name} cannot be written: {str(error).splitlines()[0]}") from None
+                raise OSError(f"{out_dir}/{name} cannot be written: {first_line(error)}") from None
             write_text(os.path.join(build, name, "base.json"),
                        json.dumps({"model": self.folder, "fingerprint": self.fingerprint}))
             os.makedirs(os.path.join(out_dir, name), exist_ok=True)

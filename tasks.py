@@ -121,6 +121,11 @@ def history(task, episode, agent):
     return messages
 
 
+def first_line(error):
+    """What an error says, in one line."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 @contextlib.contextmanager
 def refusing(parser):
     """What is wrong in this block ends the script: one sentence, exit code 2."""
@@ -231,7 +236,7 @@ def read_hub(parts, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # whatever went wrong on the way to the hub
-                raise ValueError(f"{name} ({split}) cannot be loaded: {str(error).splitlines()[0]}; load it once with "
+                raise ValueError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once with "
                                  "a network, or use --data builtin or --data FILE.jsonl.") from None
             for number, row in enumerate(rows):
                 try:
@@ -254,7 +259,7 @@ def write_atomic(path, write):
     except Exception as error:  # a full disk, say
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise OSError(f"{path} cannot be written: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def write_text(path, text):
