@@ -55,6 +55,7 @@ import textwrap
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import minecraft_sim as sim
 
@@ -302,6 +303,8 @@ def check_ranges(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {value}.")
+    if args.batch_size % args.group_size:
+        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
 
 
 def check_run_folder(args):
@@ -341,7 +344,7 @@ def check_run_folder(args):
             raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
 
 
-def open_run_folder(args, versions):
+def open_run_folder(args):
     """Make the folder, take out what an overwritten run wrote or a killed one left, and write config.json."""
     os.makedirs(args.out_dir, exist_ok=True)
     written = r"\.saving-.*|.*\.part"
@@ -349,6 +352,7 @@ def open_run_folder(args, versions):
         written += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
     for path in [os.path.join(args.out_dir, name) for name in os.listdir(args.out_dir) if re.fullmatch(written, name)]:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
@@ -367,7 +371,7 @@ class Task:
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
         if num_agents not in self.agents:
-            raise ValueError(f"{self.name} is for {' or '.join(map(str, self.agents))} agents, not {num_agents}.")
+            raise ValueError(f"num_agents must be {' or '.join(map(str, self.agents))} in {self.name}, not {num_agents}.")
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),

@@ -27,7 +27,6 @@ import random
 import signal
 import sys
 import time
-from importlib.metadata import version
 
 import torch
 from tqdm import tqdm
@@ -88,13 +87,11 @@ group.add_argument("--wandb", action="store_true", help="also log to Weights & B
 args = parser.parse_args()
 args.algorithm = ALGORITHM
 with refusing(parser):  # everything a person can get wrong is found before anything is built or loaded
-    check_ranges(args)
     rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
-    if args.batch_size % args.group_size:
-        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
+    check_ranges(args)
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
     if args.wandb:
@@ -109,14 +106,13 @@ torch.set_num_threads(args.threads or torch.get_num_threads())
 with refusing(parser):
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
                       args.gradient_checkpointing, args.compile)  # per agent; builds the tiny base if there is none
+    if not args.eval_only and rank == 0:
+        if args.wandb:
+            wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
+        open_run_folder(args)
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
-if args.wandb and not args.eval_only and rank == 0:
-    wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
-if not args.eval_only and rank == 0:
-    with refusing(parser):
-        open_run_folder(args, {name: version(name) for name in ["torch", "transformers", "peft", "tiktoken", "tqdm"]})
 
 # --- actors -----------------------------------------------------------------------------------------------------------
 
@@ -138,8 +134,7 @@ stateful = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optim
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "prompt/truncated": 0,
             "critic/truncated": 0}
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
-saved = None
-if (args.resume or args.eval_only) and os.path.exists(state_path):
+if saved := (args.resume or args.eval_only) and os.path.exists(state_path):
     with refusing(parser):
         saved = load_state(state_path, args.device)
         for i in agents:
@@ -154,28 +149,18 @@ if saved and args.resume:
     generator.set_state(saved["generator"].cpu())
 
 
-def due(step):
-    """Is there an evaluation after so many steps? The one after 0 is of the untrained team."""
-    return step == 0 or step >= args.steps or args.eval_every > 0 and step % args.eval_every == 0
-
-
-if args.resume and rank == 0:
-    cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
-
-
 def save():
     """train_state.pt, written first, is all that --resume needs; the adapter folders are what agents need to work."""
-    if rank > 0:
-        return
-    with refusing(parser):
-        state = {name: part.state_dict() for name, part in stateful.items()} | {
-            "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
-            "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}
-        write_atomic(state_path, lambda path: torch.save(state, path))
-        for i in agents:
-            lms[i].save_adapter(f"agent_{i}", args.out_dir)
-        for critic in critics:
-            critic.save(args.out_dir)
+    if rank == 0:
+        with refusing(parser):
+            state = {name: part.state_dict() for name, part in stateful.items()} | {
+                "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
+                "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}
+            write_atomic(state_path, lambda path: torch.save(state, path))
+            for i in agents:
+                lms[i].save_adapter(f"agent_{i}", args.out_dir)
+            for critic in critics:
+                critic.save(args.out_dir)
 
 
 def log(line):
@@ -306,6 +291,10 @@ def evaluate(show):
     tqdm.write(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
                f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
 
+
+def due(step):  # is there an evaluation after so many steps? The one after 0 is of the untrained team
+    return step == 0 or step >= args.steps or args.eval_every > 0 and step % args.eval_every == 0
+
 # --- training loop ----------------------------------------------------------------------------------------------------
 
 if args.eval_only:
@@ -314,6 +303,8 @@ if args.eval_only:
 interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
+if args.resume and rank == 0:
+    cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:
