@@ -371,7 +371,7 @@ class Task:
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
         if num_agents not in self.agents:
-            raise ValueError(f"num_agents must be {' or '.join(map(str, self.agents))} in {self.name}, not {num_agents}.")
+            raise ValueError(f"{self.name} is for num_agents {' or '.join(map(str, self.agents))}, not {num_agents}.")
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),
