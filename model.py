@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast)
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -333,25 +333,6 @@ def optimizer_step(optimizer, parameters):
 # --- the base and its adapters ----------------------------------------------------------------------------------------
 
 
-class RoomyLayer(DynamicLayer):
-    """A KV cache layer with room to grow: the library's own copies all earlier keys and values for each new token."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.room = None
-        old = self.keys.shape[-2] if self.keys.numel() else 0
-        new = old + keys.shape[-2]
-        if self.room is None or self.room[0].shape[0] != len(keys) or self.room[0].shape[2] < new:
-            self.room = [x.new_empty(*x.shape[:2], new + 64, x.shape[3]) for x in (keys, values)]
-            if old:
-                self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
-        for x, room in zip((keys, values), self.room):
-            room.narrow(2, old, new - old).copy_(x)
-        self.keys, self.values = (room.narrow(2, 0, new) for room in self.room)
-        return self.keys, self.values
-
-
 class Packed:
     """Token sequences in one row, without padding, in which a beginning that several of them share stands only once.
 
@@ -446,6 +427,7 @@ def one_more(module, query, key, value, attention_mask, sliding_window, scale):
     keys, values, at = module.kept
     keys.index_copy_(2, at, key)
     values.index_copy_(2, at, value)
+    keys, values = (x[:, :, :attention_mask.shape[-1]] for x in (keys, values))
     if sliding_window:
         behind = torch.arange(keys.shape[2], device=at.device) <= at[-1] - sliding_window
         attention_mask = attention_mask.masked_fill(behind, -math.inf)
@@ -458,6 +440,23 @@ def one_more(module, query, key, value, attention_mask, sliding_window, scale):
 Packed.SIGN = torch.zeros(1, 1, 1, 1)
 AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+def record(step, state):
+    """step as TorchScript, which runs it without Python, or step itself where Python decides by numbers in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch would rather compile, which takes minutes on a CPU
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.TracerWarning.ignore_lib_warnings()  # PyTorch's own lines are harmless
+        try:
+            return torch.jit.trace(step, tuple(x.clone() for x in state), check_trace=False)
+        except Exception:  # an error of step's own comes again
+            return step
+
+
+def room(columns):
+    """As many columns of keys, and up to 7 more: attention wants a multiple of 8."""
+    return -(-columns // 8) * 8
 
 
 def integers(rows, device):
@@ -541,10 +540,10 @@ class LanguageModel:
 
         prompts; updates on a CPU               Packed: one row without padding, shared beginnings once
         updates on a GPU                        padded rows, which flash attention reads faster
-        sampling with a small base in float32   fold: one matrix per adapter instead of three
-        sampling on a GPU or with --compile     write_on: memory that stays, on a GPU as a CUDA graph
+        sampling                                write_on: memory that stays, on a GPU as a CUDA graph
+        sampling with a small base in float32   fold: one matrix per adapter instead of three; steps are recorded
         several answers to one prompt           one row of the batch, that many tokens at a time
-        attention other than torch's            padded rows and the library's own masks
+        attention other than torch's            padded rows and the library's own masks and cache
     """
 
     def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False, compiled=False):
@@ -567,9 +566,6 @@ class LanguageModel:
         divisor, factor, multiplier, self.softcap = (getattr(config, name, None) for name in (
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
         self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
-        # a mask for the attention kernel itself saves making one per token; other attention needs the library's own
-        self.kernel_mask = config._attn_implementation == "sdpa" and not self.recurrent and not any(
-            getattr(config, name, None) for name in ("sliding_window", "alibi"))
         self.siblings = []  # lists of LoRA layers that read the same input
         self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
         self.alone = None  # a small model's adapter that reads all of them
@@ -580,11 +576,13 @@ class LanguageModel:
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
         self.backbone = self.causal_lm.base_model
         # models whose attention can be replaced read rows without padding and shared beginnings once
-        self.packs = (config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend
-                      and not self.recurrent and not getattr(config, "kv_lora_rank", None))  # DeepSeek's keys
+        self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend and not (
+            self.recurrent or any(getattr(config, name, None) for name in (
+                "kv_lora_rank", "num_kv_shared_layers")))  # DeepSeek's keys are peculiar, Gemma 3n's layers share them
+        self.shares = self.packs and not any(getattr(config, name, None) for name in ("sliding_window", "alibi"))
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
-        self.stays = self.packs and (device.startswith("cuda") or compiled)  # answers are written by write_on
+        self.recorded = {}  # steps of write_on that run without Python
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
         self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers if compiled]
@@ -694,7 +692,7 @@ class LanguageModel:
             raise ValueError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{first_line(error)}") from None
         self.peft.unload()
-        self.peft, self.siblings, self.compiled, self.end = None, [], compiled, end
+        self.peft, self.siblings, self.recorded, self.compiled, self.end = None, [], {}, compiled, end
 
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
@@ -709,8 +707,8 @@ class LanguageModel:
         if layer.folded:  # the first of those that read x, which makes the products of all
             W, bias, sizes = layer.folded
             rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
-            if counts == counts[:1] * len(W):
-                y = torch.baddbmm(bias, rows.view(len(W), -1, rows.shape[-1]), W.mT)
+            if counts == counts[:1] * len(self.folded):
+                y = torch.baddbmm(bias, rows.view(len(counts), -1, rows.shape[-1]), W.mT)
             else:
                 parts = rows.split([n * len(rows) // sum(counts) for n in counts])
                 y = torch.cat([F.linear(part, W[self.folded.index(name)], bias)
@@ -785,104 +783,113 @@ class LanguageModel:
         memory: a dict in which the first prompt of each of `rows` (any names) is kept with its keys and values, and of
         which a later prompt of the same row, such as the next turn's, uses what it begins with.
         """
-        B, P, device = len(prompts), max(map(len, prompts)), self.device
-        max_new_tokens, luck = luck.shape[1], luck.to(device)
+        luck = luck.to(self.device)
         # G answers to one prompt are one row of the batch, G tokens at a time: its keys and values are read once
         runs = [len(list(run)) for _, run in itertools.groupby(zip(names, prompts))]
-        G = math.gcd(*runs) if self.kernel_mask else 1
+        G = math.gcd(*runs) if self.shares else 1
         names, prompts = names[::G], prompts[::G]
-        # (B / G, longest), 1 = may be attended to
-        mask = padded([[1] * (len(p) + max_new_tokens) for p in prompts], 0, device, left=True).bool()
-        own = torch.eye(G, device=device).bool().repeat(1, max_new_tokens)  # which tokens are an answer's own
-        cache = (DynamicCache(config=self.causal_lm.config) if self.recurrent else
-                 Cache(layer_class_to_replicate=RoomyLayer))
-        tokens = torch.full((B, max_new_tokens), -1, device=device)  # -1 = not sampled
-        logps = torch.zeros(B, max_new_tokens, device=device)
-        row = torch.arange(B, device=device).view(-1, G)  # which answers those still in the batch are
-        alive = torch.ones_like(row, dtype=torch.bool)
+        mask = padded([[1] * len(p) for p in prompts], 0, self.device, left=True).bool()  # (B / G, P), 1 = not padding
+        cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
+        tokens = torch.full(luck.shape, -1, device=self.device)  # -1 = not sampled
+        logps = torch.zeros(luck.shape, device=self.device)
         self.wanted = None
         self.fold(names)
-        for t in range(max_new_tokens):
-            if t == 0:
-                logits, position = self.prefill(names, prompts, mask[:, :P], cache,
-                                                [rows[k:k + G] for k in range(0, len(rows), G)], memory)
-                logits = logits[:, None].expand(-1, G, -1)  # (B / G, G, V)
-                self.set_rows(names)
-            else:
-                attend = mask[:, :P + t]
-                if self.kernel_mask:
-                    prompt, written = mask[:, None, :P].expand(-1, G, -1), own[:, :G * t].expand(len(row), -1, -1)
-                    attend = torch.cat([prompt, written], 2)[:, None]  # (B / G, 1, G, P + G t)
-                    # in numbers, or every layer would make them again
-                    attend = torch.zeros_like(attend, dtype=self.causal_lm.dtype).masked_fill_(~attend, -math.inf)
-                logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position.expand(-1, G),
-                                        past_key_values=cache, logits_to_keep=G).logits
-            ids, logp = sample(logits, luck[row, t], temperature, top_p)
-            position = position + 1
-            tokens[row, t] = torch.where(alive, ids, -1)
-            logps[row, t] = torch.where(alive, logp, 0.0)
-            alive &= ids != self.end
-            busy = alive.any(1)
-            if not busy.any():
-                break
-            if self.stays and len(cache.layers) > max(m.layer_idx for m in self.attentions):  # no layer shares its keys
-                self.write_on(cache, mask[:, :P], ids, position, alive, luck, tokens, logps, temperature, top_p)
-                break
-            # drop what is finished; copying the cache for each single one costs more
-            if busy.float().mean() < 0.9 and not self.recurrent:
-                keep = busy.nonzero()[:, 0]
-                row, ids, position, mask, alive = row[keep], ids[keep], position[keep], mask[keep], alive[keep]
-                names = [names[k] for k in keep.tolist()]
-                cache.batch_select_indices(keep)
-                self.set_rows(names)
+        logits, position = self.prefill(names, prompts, mask, cache, [rows[k:k + G] for k in range(0, len(rows), G)],
+                                        memory)  # (B / G, V), (B / G, 1)
+        self.set_rows(names)
+        logits = logits[:, None].expand(-1, G, -1)
+        ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
+        tokens[:, 0], logps[:, 0] = ids.flatten(), logp.flatten()
+        write = self.write_on if self.packs else self.write_plainly
+        write(cache, names, mask, ids, position.repeat(1, G), luck, tokens, logps, temperature, top_p)
         self.fold()
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def write_on(self, cache, mask, ids, position, alive, luck, tokens, logps, temperature, top_p):
-        """What generate does from the second token on, in memory that stays, so that a GPU can repeat it by itself.
+    def write_plainly(self, cache, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
+        """What generate does from the second token on, for models that cannot do what write_on asks for (G = 1)."""
+        alive = ids != self.end
+        for t in range(1, luck.shape[1]):
+            if not alive.any():
+                break
+            position, mask = position + 1, F.pad(mask, (0, 1), value=True)
+            logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                    logits_to_keep=1).logits
+            ids, logp = sample(logits, luck[:, t:t + 1], temperature, top_p)
+            tokens[:, t:t + 1], logps[:, t:t + 1] = torch.where(alive, ids, -1), torch.where(alive, logp, 0.0)
+            alive &= ids != self.end
 
-        Launching thousands of small operations per token takes a CPU many times as long as they take; a CUDA graph
-        launches them at once. Rows that have finished go on to the end; the weights are read once for all rows.
-        mask: (R, P); ids, alive: (R, G); luck, tokens, logps: (R x G, longest answer); position: (R, 1).
+    def write_on(self, cache, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
+        """What generate does from the second token on, in memory that stays, so that it can be repeated as it is.
+
+        Launching hundreds of small operations per token takes Python longer than they take. On a GPU a CUDA graph
+        launches them at once; finished rows go on to the end, because the weights are read once for all rows. On a CPU
+        those of a small model are recorded once for all calls, and finished rows are dropped.
+        mask: (R, P); ids, position: (R, G); luck, tokens, logps: (R x G, longest answer).
         """
-        (R, G), P, T, dtype = ids.shape, mask.shape[1], luck.shape[1], self.causal_lm.dtype
-        L = -(-(P + G * T) // 8) * 8  # attention wants a multiple of 8
-        columns, at = torch.arange(L, device=ids.device), torch.arange(P, P + G, device=ids.device)
-        allowed = F.pad(mask[:, None].expand(-1, G, -1), (0, L - P))  # (R, G, L): own prompt and own tokens
-        allowed |= (columns >= P) & ((columns - P) % G == torch.arange(G, device=ids.device)[:, None])
-        kept = [[*(F.pad(x, (0, 0, 0, L - P)) for x in (layer.keys, layer.values)), at] for layer in cache.layers]
-        for module in self.attentions:
-            module.kept = kept[module.layer_idx]
-        t, position = torch.ones(1, dtype=torch.long, device=ids.device), position.expand(-1, G).clone()
+        (R, G), P, T, device = ids.shape, mask.shape[1], luck.shape[1], ids.device
+        L, grows = room(P + G * T), not (ids.is_cuda or self.compiled)
+        columns, at = torch.arange(L, device=device), torch.arange(P, P + G, device=device)
+        own = torch.arange(L - P, device=device) % G == torch.arange(G, device=device)[:, None]
+        allowed = torch.cat([mask[:, None].expand(-1, G, -1), own.expand(R, -1, -1)], 2)  # (R, G, L): prompt and own
+        kept = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        answer = torch.arange(R * G, device=device).view(R, G)  # which ones these rows are
+        t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end
+        weights = [layers[0].folded[0] for layers in self.siblings if self.folded]
 
-        def step():
-            attend = torch.zeros(R, 1, G, L, dtype=dtype, device=ids.device)
-            attend.masked_fill_(~(allowed & (columns <= at[-1]))[:, None], -math.inf)
-            logits = self.causal_lm(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=False,
-                                    logits_to_keep=G).logits
-            token, logp = sample(logits, luck.index_select(1, t).view(R, G), temperature, top_p)
-            tokens.index_copy_(1, t, torch.where(alive, token, -1).view(-1, 1))
-            logps.index_copy_(1, t, torch.where(alive, logp, 0.0).view(-1, 1))
+        def step(columns, t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *memory):
+            for module in self.attentions:
+                module.kept = *memory[2 * module.layer_idx:][:2], at
+            for layers, W in zip(self.siblings, memory[len(kept):]):
+                layers[0].folded = W, *layers[0].folded[1:]
+            position.add_(1)
+            open_to = allowed[:, :, :columns.shape[0]] & (columns <= at[-1])
+            # in numbers, or every layer would make them again
+            attend = torch.zeros_like(open_to, dtype=self.causal_lm.dtype).masked_fill_(~open_to, -math.inf)
+            logits = self.causal_lm(input_ids=ids, attention_mask=attend[:, None], position_ids=position,
+                                    use_cache=False, logits_to_keep=G).logits
+            token, logp = sample(logits, luck[answer, t], temperature, top_p)
+            tokens[answer, t], logps[answer, t] = torch.where(alive, token, -1), torch.where(alive, logp, 0.0)
             ids.copy_(token)
             alive.logical_and_(token != self.end)
-            for counter, more in ((position, 1), (at, G), (t, 1)):
-                counter.add_(more)
+            at.add_(G)
+            t.add_(1)
+            return alive
 
         usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
             layer.forward = forward
-        repeat = step
+        # what Python decides in a step; rows of adapters that have unequally many would be more
+        repeat, kind, alike = step, (G, len(self.folded), temperature, top_p), len({n for _, n in self.groups}) == 1
         for k in range(1, T):
-            repeat()
+            if grows or k % 16 == 1:  # looking makes a GPU wait
+                busy = alive.any(1)
+                if not busy.any():
+                    break
+                # drop what has finished, of each adapter equally many; copying for each single row costs more
+                if grows and busy.float().mean() < 0.7:
+                    busy = busy.view(len(self.groups) if alike else 1, -1)
+                    keep = busy.int().argsort(dim=1, descending=True, stable=True)[:, :busy.sum(1).max()]
+                    keep = (keep + busy.shape[1] * torch.arange(len(busy))[:, None]).flatten()
+                    answer, ids, position, alive, allowed, *kept = (
+                        x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
+                    names = [names[row] for row in keep.tolist()]
+                    self.set_rows(names)
+            K, now = room(P + G * k) if grows else L, kept[0].shape[2]
+            if now < K:
+                kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]
+            state = (columns[:K], t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *kept, *weights)
+            if grows and weights and alike:
+                if kind not in self.recorded:
+                    self.recorded[kind] = record(step, state)
+                repeat = self.recorded[kind]
+            repeat(*state)
             if k == 1 and ids.is_cuda:  # the first time was also to warm up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    step()
-                repeat = graph.replay
-            if k % 16 == 0 and not alive.any():
-                break
+                    step(*state)
+                repeat = lambda *_: graph.replay()
         for module in self.attentions:
             module.kept = None
         for (layer, _), forward in zip(self.compiled, usual):
@@ -897,7 +904,7 @@ class LanguageModel:
         if self.packs:
             logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
             for k in range(0, len(prompts), 16):
-                some, part = prompts[k:k + 16], Cache(layer_class_to_replicate=RoomyLayer)
+                some, part = prompts[k:k + 16], DynamicCache()
                 known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
                 for layer, kept in enumerate(zip(*(kept for _, kept in known if kept))):
                     part.update(*(torch.cat(x, 1)[None] for x in zip(*kept)), layer)

@@ -179,9 +179,24 @@ def floor(folder, calls):
     """Seconds that the bare model needs for these calls, by part; "frozen PART": without gradients for its weights."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.cache_utils import Cache
-    from model import RoomyLayer
+    from transformers.cache_utils import Cache, DynamicLayer
     model, seconds = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), {}
+
+    class RoomyLayer(DynamicLayer):
+        """The library's own copies all earlier keys and values for each new token, which need not be."""
+
+        def update(self, keys, values, *args, **kwargs):
+            old = self.get_seq_length()
+            new = old + keys.shape[2]
+            if not old:
+                self.lazy_initialization(keys, values)
+                self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
+            if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < new:
+                self.room = [torch.nn.functional.pad(x, (0, 0, 0, new + 64 - old)) for x in (self.keys, self.values)]
+            for x, room in zip((keys, values), self.room):
+                room[:, :, old:new] = x
+            self.keys, self.values = (room[:, :, :new] for room in self.room)
+            return self.keys, self.values
 
     def draw(*shape):
         return torch.randint(len(SPECIAL), 1000, shape)

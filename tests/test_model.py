@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, micro_batches, padded, tiny_tokenizer, train_bpe
+from model import LanguageModel, Packed, build_tiny, micro_batches, padded, record, tiny_tokenizer, train_bpe
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -683,15 +683,26 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
 
 @pytest.mark.parametrize("name", ["neox", "qwen3", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path):
-    """What a GPU does is what a CPU does: groups, agents, prompts of any length, sliding windows, answers that end."""
+def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path, monkeypatch):
+    """Recorded or not, as a CPU or a GPU does it: groups, agents, prompts of any length, windows, answers that end."""
     lm = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
     likely_to_end(lm)
     prompts = [prompt for prompt in prompts_of(lm, 6) for _ in range(2)]
     names, dice = ["agent_0"] * 6 + ["agent_1"] * 6, luck(12, 40, 5)
-    tokens, logps = lm.generate(names, prompts, dice, 1.0, top_p)
-    lm.stays = True
-    again, others = lm.generate(names, prompts, dice, 1.0, top_p)
-    assert again == tokens and len({len(answer) for answer in tokens}) > 3
-    assert torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(others, [])), atol=1e-4)
+    usual, shares = lm.packs, lm.shares
+    results = []
+    for packs, recorded, compiled in ((False, False, False), (True, True, False), (True, False, False), (True, False, True)):
+        lm.packs, lm.shares = usual and packs, shares and packs
+        monkeypatch.setattr(model, "record", record if recorded else lambda step, state: step)
+        lm.recorded, lm.compiled = {}, [(layer, layer.forward) for layer in lm.causal_lm.base_model.children() if compiled]
+        results.append(lm.generate(names, prompts, dice, 1.0, top_p))
+        if recorded:  # of models whose adapters fold, once for all calls
+            steps = list(lm.recorded.values())
+            assert [type(step) for step in steps] == [torch.jit.ScriptFunction] * (usual and lm.small)
+            assert lm.generate(names, prompts, dice, 1.0, top_p) == results[-1] and list(lm.recorded.values()) == steps
+    (tokens, logps), *others = results
+    assert len({len(answer) for answer in tokens}) > 3
+    for again, others in others:
+        assert again == tokens
+        assert torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(others, [])), atol=1e-4)
     assert lm.generate(names, prompts, dice[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, dice)[0]]
