@@ -484,6 +484,17 @@ def sample(logits, luck, temperature, top_p):
     return token[..., 0], logp.gather(-1, token)[..., 0]
 
 
+def unfinished(busy, groups):
+    """Which of R rows go on: the busy ones, and finished ones where one group would have fewer than another.
+
+    busy: (R,), groups of equally many rows one after another, which they remain: [True, False, False, True] gives
+    [0, 3], in one group and in two; [True, True, False, True] gives [0, 1, 3] in one and [0, 1, 3, 2] in two.
+    """
+    busy = busy.view(groups, -1)
+    keep = busy.int().argsort(dim=1, descending=True, stable=True)[:, :busy.sum(1).max()]
+    return (keep + busy.shape[1] * torch.arange(groups)[:, None]).flatten()
+
+
 class FoldedLinear(torch.autograd.Function):
     """x (W + scale B A)^T + bias: one matrix product forward and one backward, for models whose W is cheap to copy.
 
@@ -582,6 +593,7 @@ class LanguageModel:
         self.shares = self.packs and not any(getattr(config, name, None) for name in ("sliding_window", "alibi"))
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
+        self.stays = device.startswith("cuda") or compiled  # memory for the longest answers is there from the beginning
         self.recorded = {}  # steps of write_on that run without Python
         self.wanted = None  # positions whose hidden states an update reads; None while sampling
         layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
@@ -789,13 +801,13 @@ class LanguageModel:
         G = math.gcd(*runs) if self.shares else 1
         names, prompts = names[::G], prompts[::G]
         mask = padded([[1] * len(p) for p in prompts], 0, self.device, left=True).bool()  # (B / G, P), 1 = not padding
-        cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
         tokens = torch.full(luck.shape, -1, device=self.device)  # -1 = not sampled
         logps = torch.zeros(luck.shape, device=self.device)
         self.wanted = None
         self.fold(names)
-        logits, position = self.prefill(names, prompts, mask, cache, [rows[k:k + G] for k in range(0, len(rows), G)],
-                                        memory)  # (B / G, V), (B / G, 1)
+        more = G * (luck.shape[1] if self.stays else min(64, luck.shape[1]))
+        logits, position, cache = self.prefill(names, prompts, mask, [rows[k:k + G] for k in range(0, len(rows), G)],
+                                               memory, room(mask.shape[1] + more))  # (B / G, V), (B / G, 1)
         self.set_rows(names)
         logits = logits[:, None].expand(-1, G, -1)
         ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
@@ -820,7 +832,7 @@ class LanguageModel:
             tokens[:, t:t + 1], logps[:, t:t + 1] = torch.where(alive, ids, -1), torch.where(alive, logp, 0.0)
             alive &= ids != self.end
 
-    def write_on(self, cache, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
+    def write_on(self, kept, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
         """What generate does from the second token on, in memory that stays, so that it can be repeated as it is.
 
         Launching hundreds of small operations per token takes Python longer than they take. On a GPU a CUDA graph
@@ -829,11 +841,10 @@ class LanguageModel:
         mask: (R, P); ids, position: (R, G); luck, tokens, logps: (R x G, longest answer).
         """
         (R, G), P, T, device = ids.shape, mask.shape[1], luck.shape[1], ids.device
-        L, grows = room(P + G * T), not (ids.is_cuda or self.compiled)
+        L = room(P + G * T)
         columns, at = torch.arange(L, device=device), torch.arange(P, P + G, device=device)
         own = torch.arange(L - P, device=device) % G == torch.arange(G, device=device)[:, None]
         allowed = torch.cat([mask[:, None].expand(-1, G, -1), own.expand(R, -1, -1)], 2)  # (R, G, L): prompt and own
-        kept = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         answer = torch.arange(R * G, device=device).view(R, G)  # which ones these rows are
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end
         weights = [layers[0].folded[0] for layers in self.siblings if self.folded]
@@ -860,27 +871,24 @@ class LanguageModel:
         usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
             layer.forward = forward
-        # what Python decides in a step; rows of adapters that have unequally many would be more
-        repeat, kind, alike = step, (G, len(self.folded), temperature, top_p), len({n for _, n in self.groups}) == 1
+        groups = len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1  # of equally many rows
+        repeat, kind = step, (G, groups, temperature, top_p)  # kind: all that Python decides in a step
         for k in range(1, T):
-            if grows or k % 16 == 1:  # looking makes a GPU wait
+            if not self.stays or k % 16 == 1:  # looking makes a GPU wait
                 busy = alive.any(1)
                 if not busy.any():
                     break
-                # drop what has finished, of each adapter equally many; copying for each single row costs more
-                if grows and busy.float().mean() < 0.7:
-                    busy = busy.view(len(self.groups) if alike else 1, -1)
-                    keep = busy.int().argsort(dim=1, descending=True, stable=True)[:, :busy.sum(1).max()]
-                    keep = (keep + busy.shape[1] * torch.arange(len(busy))[:, None]).flatten()
+                if not self.stays and busy.float().mean() < 0.7:  # copying for each single row costs more
+                    keep = unfinished(busy, groups)
                     answer, ids, position, alive, allowed, *kept = (
                         x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
                     names = [names[row] for row in keep.tolist()]
                     self.set_rows(names)
-            K, now = room(P + G * k) if grows else L, kept[0].shape[2]
+            K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
             if now < K:
                 kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]
             state = (columns[:K], t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *kept, *weights)
-            if grows and weights and alike:
+            if groups == len(self.folded) and not self.stays:
                 if kind not in self.recorded:
                     self.recorded[kind] = record(step, state)
                 repeat = self.recorded[kind]
@@ -895,40 +903,43 @@ class LanguageModel:
         for (layer, _), forward in zip(self.compiled, usual):
             layer.forward = forward
 
-    def prefill(self, names, prompts, mask, cache, rows, memory):
-        """Read B prompts into the cache, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends.
+    def prefill(self, names, prompts, mask, rows, memory, columns):
+        """Read B prompts, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends, and the cache.
 
-        rows: for each the names under which memory keeps it.
+        That is the library's, or, for write_on, keys and values of each layer in turn, (B, KV heads, columns, D), with
+        room behind the prompts. rows: for each prompt the names under which memory keeps what was read.
         """
-        P = mask.shape[1]
+        B, P = mask.shape
         if self.packs:
-            logits, states = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
-            for k in range(0, len(prompts), 16):
+            logits, cache = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
+            for k in range(0, B, 16):
                 some, part = prompts[k:k + 16], DynamicCache()
                 known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
-                for layer, kept in enumerate(zip(*(kept for _, kept in known if kept))):
-                    part.update(*(torch.cat(x, 1)[None] for x in zip(*kept)), layer)
+                past = [torch.cat(x, 1)[None] for x in zip(*(kept for _, kept in known if kept))]
+                for layer, pair in enumerate(zip(past[::2], past[1::2])):
+                    part.update(*pair, layer)
                 row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
                 logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
                                              past_key_values=part, logits_to_keep=row.wanted).logits[0])
-                where = padded(row.paths, 0, self.device, left=True)
-                where = F.pad(where, (P - where.shape[1], 0))
-                states.append([[x[0].transpose(0, 1)[where].transpose(1, 2) for x in (layer.keys, layer.values)]
-                               for layer in part.layers])  # (rows, heads, P, D)
-                for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some)):
-                    own = [[x[b, :, P - len(prompt):] for x in pair] for pair in states[-1]]  # (heads, tokens, D)
+                where = padded(row.paths, 0, self.device, left=True)  # (rows, longest)
+                read = [x[0] for layer in part.layers for x in (layer.keys, layer.values)]  # (KV heads, tokens, D)
+                cache = cache or [x.new_zeros(B, x.shape[0], columns, x.shape[2]) for x in read]
+                for x, kept in zip(read, cache):
+                    x = x.index_select(1, where.flatten()).unflatten(1, where.shape).transpose(0, 1)
+                    kept[k:k + 16, :, P - where.shape[1]:P] = x
+                for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some), k):
+                    own = [kept[b, :, P - len(prompt):P] for kept in cache]
                     for name in same:
                         memory.setdefault(name, (prompt, own))
             logits, self.wanted = torch.cat(logits), None
-            for layer, parts in enumerate(zip(*states)):
-                cache.update(*map(torch.cat, zip(*parts)), layer)
         else:
             self.set_rows(names)
+            cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
             ids = padded(prompts, self.pad, self.device, left=True)
             position = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
             logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                     logits_to_keep=1).logits[:, -1]
-        return logits, mask.sum(1, keepdim=True) - 1
+        return logits, mask.sum(1, keepdim=True) - 1, cache
 
     def pack(self, names, sequences, first, known=None):
         """Make these sequences the row under way."""

@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, micro_batches, padded, record, tiny_tokenizer, train_bpe
+from model import LanguageModel, Packed, build_tiny, micro_batches, padded, record, tiny_tokenizer, train_bpe, unfinished
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -681,6 +681,12 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rows_that_go_on():
+    for busy, groups, rows in (([1, 0, 0, 1], 1, [0, 3]), ([1, 0, 0, 1], 2, [0, 3]), ([1, 1, 0, 1], 1, [0, 1, 3]),
+                               ([1, 1, 0, 1], 2, [0, 1, 3, 2])):
+        assert unfinished(torch.tensor(busy).bool(), groups).tolist() == rows
+
+
 @pytest.mark.parametrize("name", ["neox", "qwen3", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path, monkeypatch):
@@ -691,10 +697,9 @@ def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path,
     names, dice = ["agent_0"] * 6 + ["agent_1"] * 6, luck(12, 40, 5)
     usual, shares = lm.packs, lm.shares
     results = []
-    for packs, recorded, compiled in ((False, False, False), (True, True, False), (True, False, False), (True, False, True)):
-        lm.packs, lm.shares = usual and packs, shares and packs
+    for packs, recorded, stays in ((False, False, False), (True, True, False), (True, False, False), (True, False, True)):
+        lm.packs, lm.shares, lm.stays, lm.recorded = usual and packs, shares and packs, stays, {}
         monkeypatch.setattr(model, "record", record if recorded else lambda step, state: step)
-        lm.recorded, lm.compiled = {}, [(layer, layer.forward) for layer in lm.causal_lm.base_model.children() if compiled]
         results.append(lm.generate(names, prompts, dice, 1.0, top_p))
         if recorded:  # of models whose adapters fold, once for all calls
             steps = list(lm.recorded.values())
