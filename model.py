@@ -928,9 +928,9 @@ class LanguageModel:
                     x = x.index_select(1, where.flatten()).unflatten(1, where.shape).transpose(0, 1)
                     kept[k:k + 16, :, P - where.shape[1]:P] = x
                 for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some), k):
-                    own = [kept[b, :, P - len(prompt):P] for kept in cache]
-                    for name in same:
-                        memory.setdefault(name, (prompt, own))
+                    if new := [name for name in same if name not in memory]:
+                        own = [kept[b, :, P - len(prompt):P].clone() for kept in cache]  # without the room behind it
+                        memory.update(dict.fromkeys(new, (prompt, own)))
             logits, self.wanted = torch.cat(logits), None
         else:
             self.set_rows(names)

@@ -681,6 +681,17 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_steps_are_recorded_unless_python_decides_in_them():
+    recorded = record(lambda x, columns: x[:, :columns.shape[0]].sum(1), (torch.ones(2, 5), torch.arange(3)))
+    assert isinstance(recorded, torch.jit.ScriptFunction)
+    assert recorded(torch.ones(4, 9), torch.arange(7)).tolist() == [7.0] * 4  # of other sizes, too
+
+    def step(x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+    assert record(step, (torch.ones(2),)) is step
+
+
 def test_rows_that_go_on():
     for busy, groups, rows in (([1, 0, 0, 1], 1, [0, 3]), ([1, 0, 0, 1], 2, [0, 3]), ([1, 1, 0, 1], 1, [0, 1, 3]),
                                ([1, 1, 0, 1], 2, [0, 1, 3, 2])):
