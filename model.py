@@ -861,7 +861,9 @@ class LanguageModel:
             logits = self.causal_lm(input_ids=ids, attention_mask=attend[:, None], position_ids=position,
                                     use_cache=False, logits_to_keep=G).logits
             token, logp = sample(logits, luck[answer, t], temperature, top_p)
-            tokens[answer, t], logps[answer, t] = torch.where(alive, token, -1), torch.where(alive, logp, 0.0)
+            # tokens[...] = would record the sizes of a single row
+            tokens.index_put_((answer, t), torch.where(alive, token, -1))
+            logps.index_put_((answer, t), torch.where(alive, logp, 0.0))
             ids.copy_(token)
             alive.logical_and_(token != self.end)
             at.add_(G)

@@ -722,3 +722,8 @@ def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path,
         assert again == tokens
         assert torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(others, [])), atol=1e-4)
     assert lm.generate(names, prompts, dice[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, dice)[0]]
+    lm.stays, lm.recorded = False, {}
+    monkeypatch.setattr(model, "record", record)
+    for rows in ([0], [0, 2, 4], [0, 6], range(0, 12, 2), range(0, 12, 5), range(2), range(4), range(12)):  # recorded with one row
+        some = lm.generate([names[row] for row in rows], [prompts[row] for row in rows], dice[list(rows)], 1.0, top_p)[0]
+        assert some == [tokens[row] for row in rows]
