@@ -450,8 +450,8 @@ def record(step, state):
         torch.jit.TracerWarning.ignore_lib_warnings()  # PyTorch's own lines are harmless
         try:
             return torch.jit.trace(step, tuple(x.clone() for x in state), check_trace=False)
-        except Exception:  # an error of step's own comes again
-            return step
+        except Exception:  # of any kind: models differ, and C++ turns the warning into others
+            return step  # where an error of its own comes again
 
 
 def room(columns):
@@ -813,13 +813,13 @@ class LanguageModel:
         ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
         tokens[:, 0], logps[:, 0] = ids.flatten(), logp.flatten()
         write = self.write_on if self.packs else self.write_plainly
-        write(cache, names, mask, ids, position.repeat(1, G), luck, tokens, logps, temperature, top_p)
+        write(cache, mask, ids, position.repeat(1, G), luck, tokens, logps, temperature, top_p)
         self.fold()
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def write_plainly(self, cache, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
+    def write_plainly(self, cache, mask, ids, position, luck, tokens, logps, temperature, top_p):
         """What generate does from the second token on, for models that cannot do what write_on asks for (G = 1)."""
         alive = ids != self.end
         for t in range(1, luck.shape[1]):
@@ -832,7 +832,7 @@ class LanguageModel:
             tokens[:, t:t + 1], logps[:, t:t + 1] = torch.where(alive, ids, -1), torch.where(alive, logp, 0.0)
             alive &= ids != self.end
 
-    def write_on(self, kept, names, mask, ids, position, luck, tokens, logps, temperature, top_p):
+    def write_on(self, kept, mask, ids, position, luck, tokens, logps, temperature, top_p):
         """What generate does from the second token on, in memory that stays, so that it can be repeated as it is.
 
         Launching hundreds of small operations per token takes Python longer than they take. On a GPU a CUDA graph
@@ -884,8 +884,8 @@ class LanguageModel:
                     keep = unfinished(busy, groups)
                     answer, ids, position, alive, allowed, *kept = (
                         x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
-                    names = [names[row] for row in keep.tolist()]
-                    self.set_rows(names)
+                    names = [name for name, rows in self.groups for _ in range(rows)]
+                    self.set_rows([names[row] for row in keep.tolist()])
             K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
             if now < K:
                 kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]

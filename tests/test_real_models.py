@@ -228,6 +228,7 @@ def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
         for p in parameters:
             p.data = torch.randn_like(p) * 0.2
         prompts = prompts_of(lm, 6)
+        assert lm.stays == bool(lm.compiled) == compiled
         tokens, logps = lm.generate(["agent_0"] * 3 + ["agent_1"] * 3, prompts, luck(6, 12, 3))
         logp, _ = lm.logprobs(["agent_0"] * 3, prompts[:3], tokens[:3])
         logp.sum().backward()
