@@ -881,6 +881,8 @@ class LanguageModel:
                 if not busy.any():
                     break
                 if not self.stays and busy.float().mean() < 0.7:  # copying for each single row costs more
+                    if len(unfinished(busy, groups)) > 1.3 * busy.sum():  # one agent's answers are far shorter
+                        repeat, groups = step, 1
                     keep = unfinished(busy, groups)
                     answer, ids, position, alive, allowed, *kept = (
                         x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
