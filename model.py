@@ -450,8 +450,8 @@ def record(step, state):
         torch.jit.TracerWarning.ignore_lib_warnings()  # PyTorch's own lines are harmless
         try:
             return torch.jit.trace(step, tuple(x.clone() for x in state), check_trace=False)
-        except Exception:  # of any kind: models differ, and C++ turns the warning into others
-            return step  # where an error of its own comes again
+        except Exception:  # tracing fails in any way, by the model; an error of step's own comes again when it runs
+            return step
 
 
 def room(columns):
@@ -488,11 +488,13 @@ def unfinished(busy, groups):
     """Which of R rows go on: the busy ones, and finished ones where one group would have fewer than another.
 
     busy: (R,), groups of equally many rows one after another, which they remain: [True, False, False, True] gives
-    [0, 3], in one group and in two; [True, True, False, True] gives [0, 1, 3] in one and [0, 1, 3, 2] in two.
+    [0, 3], in one group and in two; [True, True, False, True] gives [0, 1, 3] in one and [0, 1, 3, 2] in two. Where
+    that takes 1.4 times the busy rows, they go on alone: [True, True, False, False] gives [0, 1] in two groups, too.
     """
-    busy = busy.view(groups, -1)
-    keep = busy.int().argsort(dim=1, descending=True, stable=True)[:, :busy.sum(1).max()]
-    return (keep + busy.shape[1] * torch.arange(groups)[:, None]).flatten()
+    each = busy.view(groups, -1)
+    keep = each.int().argsort(dim=1, descending=True, stable=True)[:, :each.sum(1).max()]
+    keep = (keep + each.shape[1] * torch.arange(groups)[:, None]).flatten()
+    return keep if len(keep) < 1.4 * busy.sum() else busy.nonzero()[:, 0]
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -732,6 +734,10 @@ class LanguageModel:
         """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
         self.set_groups([(name, len(list(group))) for name, group in itertools.groupby(names)])
 
+    def equal_groups(self):
+        """How many groups of equally many rows there are; 1 if they differ."""
+        return len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1
+
     def set_groups(self, groups, packed=False):
         """The same for groups of rows, (adapter or None for the base alone, how many), or of tokens in one row."""
         self.groups, self.alone = groups, groups[0][0] if self.small and len(groups) == 1 else None
@@ -873,26 +879,25 @@ class LanguageModel:
         usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
             layer.forward = forward
-        groups = len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1  # of equally many rows
-        repeat, kind = step, (G, groups, temperature, top_p)  # kind: all that Python decides in a step
+        repeat, groups = step, self.equal_groups()
         for k in range(1, T):
             if not self.stays or k % 16 == 1:  # looking makes a GPU wait
                 busy = alive.any(1)
                 if not busy.any():
                     break
                 if not self.stays and busy.float().mean() < 0.7:  # copying for each single row costs more
-                    if len(unfinished(busy, groups)) > 1.3 * busy.sum():  # one agent's answers are far shorter
-                        repeat, groups = step, 1
                     keep = unfinished(busy, groups)
                     answer, ids, position, alive, allowed, *kept = (
                         x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
                     names = [name for name, rows in self.groups for _ in range(rows)]
                     self.set_rows([names[row] for row in keep.tolist()])
+                    repeat, groups = step, self.equal_groups()
             K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
             if now < K:
                 kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]
             state = (columns[:K], t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *kept, *weights)
             if groups == len(self.folded) and not self.stays:
+                kind = G, groups, temperature, top_p  # all that Python decides in a step
                 if kind not in self.recorded:
                     self.recorded[kind] = record(step, state)
                 repeat = self.recorded[kind]

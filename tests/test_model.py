@@ -694,7 +694,7 @@ def test_steps_are_recorded_unless_python_decides_in_them():
 
 def test_rows_that_go_on():
     for busy, groups, rows in (([1, 0, 0, 1], 1, [0, 3]), ([1, 0, 0, 1], 2, [0, 3]), ([1, 1, 0, 1], 1, [0, 1, 3]),
-                               ([1, 1, 0, 1], 2, [0, 1, 3, 2])):
+                               ([1, 1, 0, 1], 2, [0, 1, 3, 2]), ([1, 1, 0, 0], 2, [0, 1]), ([0, 1, 1, 0, 0, 0], 2, [1, 2])):
         assert unfinished(torch.tensor(busy).bool(), groups).tolist() == rows
 
 
@@ -724,6 +724,11 @@ def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path,
     assert lm.generate(names, prompts, dice[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, dice)[0]]
     lm.stays, lm.recorded = False, {}
     monkeypatch.setattr(model, "record", record)
+    went_on = []
+    monkeypatch.setattr(model, "unfinished", lambda busy, groups: went_on.append((len(busy), groups, unfinished(busy, groups)))
+                        or went_on[-1][2])
     for rows in ([0], [0, 2, 4], [0, 6], range(0, 12, 2), range(0, 12, 5), range(2), range(4), range(12)):  # recorded with one row
         some = lm.generate([names[row] for row in rows], [prompts[row] for row in rows], dice[list(rows)], 1.0, top_p)[0]
         assert some == [tokens[row] for row in rows]
+    counts = [sum(row < length // 2 for row in rows.tolist()) * 2 - len(rows) for length, groups, rows in went_on if groups == 2]
+    assert any(counts) == usual  # of one agent more than of the other
