@@ -3,7 +3,8 @@ The critic: how good is a history? A LoRA adapter of its own on the shared froze
 
 V(h) is read from the hidden state of the last token of the history's text; no vocabulary logits are computed. CoLLM-CC
 has one critic that reads what all agents were shown and answered, CoLLM-DC one per agent that reads that agent's own
-history. Critics are needed in training only: a trained agent never sees one.
+history. Critics are needed in training only: a trained agent never sees one. The Monte Carlo baselines are here, too:
+they do what a critic would.
 """
 import os
 
@@ -52,7 +53,7 @@ def explained(returns, values):
 
 
 def baselines(returns, kind):
-    """Monte Carlo baselines of the returns of a group: joint answers to the same item at the same turn.
+    """Monte Carlo baselines of the returns of a group: joint actions on the same item at the same turn.
 
     [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
     of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone has nothing but itself: [5] gives
@@ -83,7 +84,7 @@ class Critic(nn.Module):
     """V(h_t) = mean_t + std_t x head_t(hidden state of the last token); mean_t, std_t are those of the first returns.
 
     One output of the head per turn, because how many turns are left decides most of the return and a history that
-    keeps only the last answer does not tell; scaled, because a critic that starts at 0 when returns are near -5 feeds
+    keeps only the last answer does not tell; scaled, because a critic that starts at 0 when returns are near -7 feeds
     the actors nonsense until it has caught up.
     """
 

@@ -148,11 +148,11 @@ def read_commands(response, palette, bbox, limit):
 # --- the world and its score ------------------------------------------------------------------------------------------
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
-    """Build the world of a joint response: (world, accepted, rejected), the last two one list per agent.
+    """Build the world of a joint action: (world, accepted, rejected), the last two one list per agent.
 
-    world is {(x, y, z): block} without air. Agent 1 overwriting agent 0's only block with stone gives
-    {(0, 0, 0): "stone"}; overwriting it with air gives {}. start is the world that the commands find: empty by the
-    official rules, the last turn's where blocks stay.
+    world is {(x, y, z): block} without air. Agent 1 overwriting agent 0's only block, stone, with obsidian gives
+    {(0, 0, 0): "obsidian"}; with air it gives {}. start is the world that the commands find: empty by the official
+    rules, the last turn's where blocks stay.
     """
     assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
     assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
@@ -176,7 +176,7 @@ def texture(block):
 
 
 def strbuild_score(target_rows, responses, palettes, max_commands=300, start=()):
-    """Score a joint response; the example at the top of this file gives reward 0.25 and iou 0.6.
+    """Score a joint action; the example at the top of this file gives reward 0.25 and iou 0.6.
 
     reward is at most 2; iou, coverage, extra_ratio and adjacent_same_ratio are in 0..1 (0 where they would divide by
     zero); missing_palettes counts agents with an unused block; accepted is the number of commands per agent.
@@ -284,7 +284,7 @@ def read_house_commands(response, bbox, share, limits=None):
 
 
 def housebuild_world(layers, inventory, responses, max_commands=600, limited_resource=True):
-    """Build the world of a joint response: (world, accepted, rejected); world is {(x, y, z): block} without air."""
+    """Build the world of a joint action: (world, accepted, rejected); world is {(x, y, z): block} without air."""
     target = house_target(layers, inventory)
     rows = next(iter(layers.values()))
     bbox = (0, min(layers), 0), (len(rows[0]) - 1, max(layers), len(rows) - 1)
@@ -301,7 +301,7 @@ def housebuild_world(layers, inventory, responses, max_commands=600, limited_res
 
 def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(), max_commands=600,
                      limited_resource=True):
-    """Score a joint response. reward = match - spider_penalty, at most 1; iou is that of the cells that are not air.
+    """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the cells that are not air.
 
     match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) when a team of two or more has
     spiders and nobody's `kill` was accepted. A house {0: ["PP"], 1: [".P"]} of planks of which one agent builds
@@ -373,10 +373,10 @@ def draw_ansi(plan, world):
     return draw_grid(plan, world, paint, "\x1b[2m[]\x1b[0m", "  ")
 
 
-def draw_svg(plan, world, title="", size=20):
-    """A standalone isometric picture (SVG text): cubes of `size` pixels, missing cells dashed, stray ones edged red."""
+def draw_svg(plan, world, title=""):
+    """A standalone isometric picture (SVG text): cubes of 20 pixels, missing cells dashed, stray ones edged red."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
-        return 0.866 * size * (x + z), size * ((z - x) / 2 - y)
+        return 17.32 * (x + z), 10 * (z - x) - 20 * y
 
     def shade(color, light):  # light > 0 mixes with white, < 0 with black
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
@@ -408,7 +408,7 @@ def draw_svg(plan, world, title="", size=20):
 
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 
-def scripted_builders(target_rows, palettes=PALETTES):
+def scripted_builders(target_rows):
     """Two perfect answers: agent 0 takes the cells with even x + y, agent 1 the odd; each alternates its two blocks.
 
     For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only X and Y, on their
@@ -416,7 +416,7 @@ def scripted_builders(target_rows, palettes=PALETTES):
     """
     answers = [[], []]
     for x, y, z in target_cells(target_rows):
-        mine, palette = answers[(x + y) % 2], palettes[(x + y) % 2]
+        mine, palette = answers[(x + y) % 2], PALETTES[(x + y) % 2]
         mine.append(f"/setblock {x} {y} {z} {palette[len(mine) % len(palette)]}")
     return ["\n".join(lines) for lines in answers]
 

@@ -6,6 +6,9 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
     build_tiny               makes the base "tiny": a 1M-parameter transformer trained on a task's demonstrations
     join_ranks, gather, ...  what training on several GPUs or machines needs
 
+In shapes B and R are rows, T and N tokens, C the hidden width, V the vocabulary, G answers to one prompt, P its tokens,
+L columns of memory, K keys, D a head's width.
+
     python model.py out/cc-strbuild --string CLIM      # the trained team at work: one process per agent, no critic
     python model.py out/cc-strbuild --merge team       # team/agent_0, ...: plain models, adapters merged into them
 """
@@ -437,7 +440,7 @@ def one_more(module, query, key, value, attention_mask, sliding_window, scale):
     return out.reshape(R, heads, G, D).transpose(1, 2).contiguous(), None
 
 
-Packed.SIGN = torch.zeros(1, 1, 1, 1)
+Packed.SIGN = torch.zeros(1, 1, 1, 1)  # as a mask it says: attend as the row under way
 AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
@@ -659,7 +662,7 @@ class LanguageModel:
         for layers in found:
             shared = []
             for layer in layers:
-                layer.shared, layer.folded = shared, None
+                layer.shared, layer.joined = shared, None
         return found
 
     def check_base(self, folder):
@@ -718,8 +721,8 @@ class LanguageModel:
         if not self.folded:
             return FoldedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias,
                                       layer.lora_A[self.alone].weight, layer.lora_B[self.alone].weight, layer.scale)
-        if layer.folded:  # the first of those that read x, which makes the products of all
-            W, bias, sizes = layer.folded
+        if layer.joined:  # the first of those that read x, which makes the products of all
+            W, bias, sizes = layer.joined
             rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
             if counts == counts[:1] * len(self.folded):
                 y = torch.baddbmm(bias, rows.view(len(counts), -1, rows.shape[-1]), W.mT)
@@ -763,12 +766,12 @@ class LanguageModel:
         """While sampling, one matrix per adapter instead of three, for small models only; without names, no longer."""
         self.folded = list(dict.fromkeys(names)) if self.small and None not in names else []
         for layers in self.siblings:
-            bases, layers[0].folded = [layer.base_layer for layer in layers], None
+            bases, layers[0].joined = [layer.base_layer for layer in layers], None
             if self.folded:
                 W = torch.stack([torch.cat([base.weight + layer.get_delta_weight(name)
                                             for base, layer in zip(bases, layers)]) for name in self.folded])
                 biases = [W.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-                layers[0].folded = W, torch.cat(biases), list(map(len, biases))  # W: (adapters, outputs, inputs)
+                layers[0].joined = W, torch.cat(biases), list(map(len, biases))  # W: (adapters, outputs, inputs)
 
     def render(self, messages, new_tokens=None):
         """Token ids of a history in the model's own chat format, up to where the answer begins; thinking is off.
@@ -853,13 +856,13 @@ class LanguageModel:
         allowed = torch.cat([mask[:, None].expand(-1, G, -1), own.expand(R, -1, -1)], 2)  # (R, G, L): prompt and own
         answer = torch.arange(R * G, device=device).view(R, G)  # which ones these rows are
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end
-        weights = [layers[0].folded[0] for layers in self.siblings if self.folded]
+        weights = [layers[0].joined[0] for layers in self.siblings if self.folded]
 
         def step(columns, t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *memory):
             for module in self.attentions:
                 module.kept = *memory[2 * module.layer_idx:][:2], at
             for layers, W in zip(self.siblings, memory[len(kept):]):
-                layers[0].folded = W, *layers[0].folded[1:]
+                layers[0].joined = W, *layers[0].joined[1:]
             position.add_(1)
             open_to = allowed[:, :, :columns.shape[0]] & (columns <= at[-1])
             # in numbers, or every layer would make them again

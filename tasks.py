@@ -64,18 +64,18 @@ import minecraft_sim as sim
 
 @dataclass
 class Outcome:
-    """What the environment says about one joint response."""
+    """What the environment says about one joint action."""
     reward: float           # r_t, the training reward, the same for every agent
     score: float            # percent: what tables show
     parts: dict             # the reward taken apart: name -> number
     done: bool              # solved: the episode ends before its last turn
     feedback: list          # per agent: what it is told before its next answer
-    world: object           # what this joint response leaves behind; strbuild: {cell: block}
+    world: object           # what this joint action leaves behind; strbuild: {cell: block}
 
 
 @dataclass
 class Turn:
-    """One joint response; a list has one entry per agent unless it says otherwise."""
+    """One joint action; a list has one entry per agent unless it says otherwise."""
     prompts: list           # token ids of the rendered history h_i,t
     tokens: list            # sampled token ids of a_i,t, the end token included unless the answer was cut
     logps: list             # log pi of each of those tokens, as sampled
@@ -412,11 +412,14 @@ class Task:
             raise ValueError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
         return read_hub(self.hub_parts, self.check)
 
+    def check(self, record):
+        raise ValueError(f"{self.name} reads no items of a person's own; it has no check(record).")
+
     def instructions(self, agent):
         return f"You are agent {agent + 1} of {self.num_agents}. You cannot talk to each other."
 
     def judge_all(self, items, answers, turn, worlds):
-        """Outcomes of one joint response per item; for a task that is faster at many than one by one."""
+        """Outcomes of one joint action per item; for a task that is faster at many than one by one."""
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
@@ -430,7 +433,8 @@ class Task:
 
     def demonstration(self, rng):
         item, team = self.shown(rng), copy.copy(self)
-        team.num_agents, team.feedback_mode = rng.choice([1, 2, 2]), self.feedback_modes[0]  # one base for all options
+        team.num_agents = rng.choice([*self.agents, self.agents[-1]])  # one base for all options
+        team.feedback_mode = self.feedback_modes[0]
         agent, turn = rng.randrange(team.num_agents), rng.randrange(3)
         first = [team.expert(item, i, rng) for i in range(team.num_agents)]
         messages = [{"role": "user", "content": team.observation(item, agent)},
@@ -919,7 +923,7 @@ class Writing(Task):
     slots, text, banks, levels = {}, "", [], None     # what built-in items and demonstrations are made of; the reward's
 
     def setup(self):
-        self.max_new_tokens *= 2 // self.num_agents
+        self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
 
     def random_item(self, rng):
         facts = {name: rng.choice(values.split("|")) for name, values in self.slots.items()}
@@ -1302,7 +1306,7 @@ class CoopHE(Task):
         return item
 
     def setup(self):
-        self.max_new_tokens *= 2 // self.num_agents
+        self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
 
     def instructions(self, agent):
         return ("Two programmers who cannot talk to each other solve a Python problem. One writes a helper function "

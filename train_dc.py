@@ -11,8 +11,8 @@ One step of training, in the symbols of arXiv 2601.21972:
 After training critics are thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
-clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; V(h_t)
-is what the critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling at
+clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; values
+are what a critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling at
 temperature 1.
 
     python train_dc.py --task strbuild                 # CPU, nothing to download
@@ -34,8 +34,8 @@ from tqdm import tqdm
 from critic import Critic, explained, td_targets
 from model import (check_model, gather, generate, join_ranks, load_models, load_state, memory_gb, micro_batches,
                    optimizer_step)
-from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   mean, minibatches, open_run_folder, refusing, summary, write_atomic)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task,
+                   history, mean, minibatches, open_run_folder, refusing, summary, write_atomic)
 
 ALGORITHM = "dc"
 
@@ -50,7 +50,7 @@ group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2,
 group.add_argument("--compile", action="store_true", help="torch.compile what writes answers (GPU; slow at first)")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
-group.add_argument("--task", default="strbuild", help="tldr, arxiv, coophe, strbuild (default), housebuild")
+group.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)} (default strbuild)")
 group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
 group.add_argument("--feedback", default=None, help="told between turns: position, score, perfect, level (by task)")
@@ -75,7 +75,7 @@ group.add_argument("--micro_batch", type=int, default=8, help="rows per forward:
 group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, half more arithmetic in updates")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
 group.add_argument("--critic_tokens", type=int, default=2048, help="longest text a critic reads (default 2048)")
-group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
+group.add_argument("--seed", type=int, default=0, help="two runs with one seed on one CPU are identical (default 0)")
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
 group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations (default 0: first and last)")
@@ -203,7 +203,7 @@ def td(e, c, t=0):
 
 
 def set_advantages(episodes):
-    """Step 3, by what V said before it learned from an episode; returns how well that told the episodes' returns."""
+    """Step 3 of the header, by what V said before it learned from an episode; returns how well V told the returns."""
     turns = [turn for e in episodes for turn in e.turns]
     for e in episodes:
         for turn, errors in zip(e.turns, zip(*(td(e, c)[1] for c in critic_of))):  # turn by turn, agent by agent
@@ -218,7 +218,7 @@ def set_advantages(episodes):
 # --- update -----------------------------------------------------------------------------------------------------------
 
 def update_critics(episodes):
-    """Steps 2 and 4: squared error to the targets, in units of the returns' variance at that turn.
+    """Steps 2 and 4 of the header: squared error to the targets, in units of the returns' variance at that turn.
 
     V(h_t) for the advantages and its first gradient come from one reading. Turns are read from last to first, so that
     V(h_t+1) is known when h_t is learned from.
@@ -227,7 +227,7 @@ def update_critics(episodes):
     if progress["step"] == 0:
         for critic in critics:
             critic.set_scale([e.returns(args.gamma) for e in episodes])
-    for c, critic in list(enumerate(critics)) * args.passes:
+    for c, critic in list(enumerate(critics)) * args.passes:  # each critic in turn, once a pass
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):
             num_histories = sum(len(e.turns) for e in part)
             for batch in micro_batches(part, lambda turn: turn.critic_inputs[c], args.micro_batch):
@@ -248,7 +248,7 @@ def update_critics(episodes):
 
 
 def update_actors(episodes):
-    """Step 5. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
+    """Step 5 of the header. The normaliser is the number of answers in a minibatch, whatever micro-batches are."""
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from critic import baselines, explained
 from model import (check_model, gather, generate, join_ranks, load_models, load_state, memory_gb, micro_batches,
                    optimizer_step)
-from tasks import (TASK_OPTIONS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   mean, minibatches, open_run_folder, refusing, summary, write_atomic)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task,
+                   history, mean, minibatches, open_run_folder, refusing, summary, write_atomic)
 
 ALGORITHM = "mc"
 
@@ -50,7 +50,7 @@ group.add_argument("--attn", default=None, help="sdpa, eager, flash_attention_2,
 group.add_argument("--compile", action="store_true", help="torch.compile what writes answers (GPU; slow at first)")
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
-group.add_argument("--task", default="strbuild", help="tldr, arxiv, coophe, strbuild (default), housebuild")
+group.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)} (default strbuild)")
 group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
 group.add_argument("--feedback", default=None, help="told between turns: position, score, perfect, level (by task)")
@@ -73,7 +73,7 @@ group.add_argument("--minibatches", type=int, default=2, help="optimizer steps p
 group.add_argument("--micro_batch", type=int, default=8, help="rows per forward: memory, not the result (default 8)")
 group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, half more arithmetic in updates")
 group.add_argument("--clip", type=float, default=0.2, help="clip range of the ratio (default 0.2)")
-group.add_argument("--seed", type=int, default=0, help="two CPU runs with one seed are identical (default 0)")
+group.add_argument("--seed", type=int, default=0, help="two runs with one seed on one CPU are identical (default 0)")
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
 group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations (default 0: first and last)")
@@ -126,7 +126,7 @@ actor_parameters = [p for i in agents for p in lms[i].add_adapter(f"agent_{i}")]
 actor_optimizer = torch.optim.AdamW(actor_parameters, lr=args.lr, weight_decay=0.0, fused=True)
 stateful = {"actor_optimizer": actor_optimizer}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "prompt/truncated": 0,
-            "critic/truncated": 0}
+            "critic/truncated": 0}  # always 0: all logs have the same keys
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 if saved := (args.resume or args.eval_only) and os.path.exists(state_path):
     with refusing(parser):
@@ -206,7 +206,7 @@ def set_advantages(episodes):
 # --- update -----------------------------------------------------------------------------------------------------------
 
 def update_actors(episodes):
-    """Step 4. The normaliser is the number of answers in the minibatch, whatever the micro-batches are."""
+    """Step 4 of the header. The normaliser is the number of answers in a minibatch, whatever micro-batches are."""
     total, entropies, norms = 0.0, [], []  # entropies: per micro-batch their sum and number
     for _ in range(args.passes):
         for part in minibatches(episodes, args.group_size, args.minibatches, rng):

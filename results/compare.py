@@ -6,7 +6,8 @@ The table and the curves of the README's comparison, from the log.jsonl files of
 
 A file is called SETTING-METHOD-seedK.jsonl. CoLLM-CC is compared with every other method by the exact two-sided
 permutation test on the difference of the means over seeds; with five seeds each there are 252 ways to deal ten runs to
-two methods, so that no p is below 2/252 = 0.008. A setting's p-values are corrected for their number by Holm's method.
+two methods, so that no p is below 2/252 = 0.008. The p-values of each of a setting's two scores are corrected for their
+number by Holm's method.
 """
 import argparse
 import glob
@@ -18,7 +19,7 @@ import sys
 
 METHODS = {"cc": "CoLLM-CC", "dc": "CoLLM-DC", "group": "MAGRPO", "none": "MAREINFORCE", "grpo": "GRPO, one agent",
            "cc1": "CoLLM-CC, lambda 1"}
-SETTINGS = {"one": "1 turn", "official": "4 turns, dense, rebuilt", "persistent": "4 turns, sparse, persistent"}
+SETTINGS = {"one": "1 turn", "official": "4 turns, dense, rebuilt (official)", "persistent": "4 turns, sparse, persistent"}
 
 
 def permutation_p(ours, theirs):
@@ -75,8 +76,8 @@ def table(runs):
                                   for method in methods if method != "cc"}) for numbers in (final, whole))
         actions = [last["joint_actions"] for seeds in methods.values() for _, last, _ in seeds]
         print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {min(actions):,} to "
-              f"{max(actions):,} joint actions a run\n\n| | raw | trained | p | reward per turn | mean training score | p |"
-              "\n|---|---|---|---|---|---|---|")
+              f"{max(actions):,} joint actions a run\n")
+        print("| | raw | trained | p | reward per turn | mean training score | p |\n|---|---|---|---|---|---|---|")
         for method, seeds in methods.items():
             reward = spread([last["eval/reward"] for _, last, _ in seeds], 2)
             p, q = (f"{ps[method]:.2f}" if method in ps else "" for ps in (p_final, p_whole))

@@ -30,7 +30,6 @@ import json
 import os
 import random
 import runpy
-import statistics
 import sys
 import tempfile
 from pathlib import Path

@@ -366,3 +366,51 @@ def test_the_script_shows_an_item(tmp_path):
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and len(list(tmp_path.iterdir())) == 2
     wrong = run("--task", "chess")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout
+
+
+# --- examples of docstrings, and what a task of one's own may rely on -------------------------------------------------
+
+def test_examples_of_docstrings():
+    assert tasks.StrBuild.spelled("ICML") == " 1:I 2:C 3:M 4:L"
+    assert tasks.StrBuild.listed("IC", [(8, 4, 0), (9, 4, 0)]) == " 2:C 8 4 0 9 4 0"
+    turns = [[Turn(None, [[1]], None, [""], tasks.Outcome(reward, 0, {}, False, [], None)) for reward in rewards]
+             for rewards in ([-1, -2], [-1])]
+    line = tasks.summary([Episode({}, played) for played in turns], "train", 0.5, [1])
+    assert [line[f"train/{name}"] for name in ("return", "reward", "turns")] == pytest.approx([-1.5, -4 / 3, 1.5])
+    item = {"prompt": "def f(n):\n", "entry_point": "f",
+            "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
+    verdict = tasks.coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
+    assert (verdict["reward"], verdict["passed"]) == (3.5, 1)
+    source, node, error, returns = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
+    assert (source, node, returns) == ("def aux(n):\n    return n +", None, True) and error
+
+
+class Count(tasks.Task):
+    """Agent i of three says the number i."""
+    agents = (1, 2, 3)
+
+    def random_item(self, rng):
+        return {"number": rng.randrange(50)}
+
+    def key(self, item):
+        return str(item["number"])
+
+    def observation(self, item, agent):
+        return f"agent {agent}"
+
+    def judge(self, item, responses, turn, world=None):
+        return self.outcome(0.0, 0.0, {}, turn, False)
+
+    def expert(self, item, agent, rng):
+        return str(agent)
+
+
+def test_demonstrations_show_every_agent_of_a_larger_team():
+    rng, task = random.Random(0), Count(num_agents=3)
+    assert {task.demonstration(rng)[0]["content"] for _ in range(100)} == {"agent 0", "agent 1", "agent 2"}
+
+
+def test_a_task_without_check_refuses_a_file(tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"number": 1}\n')
+    with pytest.raises(ValueError, match="count reads no items"):
+        Count(data=str(tmp_path / "items.jsonl"))
