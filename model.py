@@ -273,7 +273,8 @@ def join_ranks(device):
     gradients of its share of a minibatch. So N ranks with N x B episodes do what one rank would do with them.
     Raises ValueError with one sentence for a device that is not there.
     """
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+    if device != "cpu" and not (regex.fullmatch(r"cuda(:\d+)?", device) and
+                                int(device[5:] or 0) < torch.cuda.device_count()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {device}.")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
@@ -578,6 +579,9 @@ class LanguageModel:
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
         self.context = next((getattr(config, name) for name in ("max_position_embeddings", "max_seq_len")  # MPT's
                              if getattr(config, name, None)), 10 ** 9)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # one longer row would turn all other rows' positions, kept keys aside
+            self.context = min(self.context, rope.get("original_max_position_embeddings", self.context))
         self.truncated = 0  # prompts that lost their oldest tokens because the context was full
         divisor, factor, multiplier, self.softcap = (getattr(config, name, None) for name in (
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
@@ -701,7 +705,7 @@ class LanguageModel:
                         logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1]
                     plain.append(logits.float().log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0])
                 plain, sampled = torch.cat(plain), torch.tensor(sum(sampled, []), device=self.device)
-                error = max((logp - plain).abs().mean().item() for logp in (sampled, learned))
+                error = (torch.stack([sampled, learned]) - plain).abs().mean(1).max().item()  # NaN if any is
                 if not error < (0.01 if self.causal_lm.dtype == torch.float32 else 0.2):
                     raise ArithmeticError(f"log-probabilities differ by {error:.2g}")
                 prompts = [prompt + answer + [end] for prompt, answer in zip(prompts, tokens)]
@@ -1054,7 +1058,7 @@ def agent_process(connection, folder, adapter, agent, device, seed, limit, tempe
     except ValueError as error:
         return connection.send(error)
     connection.send("ready")
-    generator = torch.Generator().manual_seed(seed * 1000 + agent)
+    generator = torch.Generator().manual_seed((seed * 1000 + agent) % 2 ** 63)
     while (messages := connection.recv()) is not None:
         tokens, _ = lm.generate(["agent"], [lm.render(messages, limit)], torch.rand(1, limit, generator=generator),
                                 temperature, top_p)
@@ -1084,6 +1088,7 @@ def main():
     parser.add_argument("--merge", metavar="FOLDER", help="play nothing; write plain models FOLDER/agent_0, ...")
     args = parser.parse_args()
     with refusing(parser):
+        join_ranks(args.device)  # is it there?
         try:
             with open(os.path.join(args.out_dir, "config.json")) as file:
                 config = json.load(file)
@@ -1114,7 +1119,7 @@ def main():
     def heard(agent):
         try:
             said = pipes[agent].recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the second one where it had not read what it was sent
             parser.exit(1, f"error: agent_{agent} stopped; what it said stands above.\n")
         if isinstance(said, ValueError):
             parser.exit(2, f"error: {said}\n")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tokenizers import processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, DeepseekV3Config,
                           Gemma2Config, Gemma3TextConfig, Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
-                          MistralConfig, MixtralConfig, OPTConfig, Qwen3Config, RwkvConfig)
+                          MistralConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3Config, RwkvConfig)
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
@@ -303,6 +303,11 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
     lm.logit_scale = 0.9
     with pytest.raises(ValueError, match="log-probabilities differ by"):
         lm.check_itself()
+    lm = LanguageModel(llama)
+    logprobs = lm.logprobs
+    monkeypatch.setattr(lm, "logprobs", lambda *rows: (logprobs(*rows)[0] * float("nan"), None))
+    with pytest.raises(ValueError, match="log-probabilities differ by nan"):
+        lm.check_itself()
     lm = LanguageModel(llama)  # one that decodes badly, and would end its answers before it does
     likely_to_end(lm)
     forward = lm.causal_lm.forward
@@ -310,6 +315,19 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
         "input_ids"].shape[1] < 3 and "position_ids" in inputs else inputs)
     with pytest.raises(ValueError, match="log-probabilities differ by"):
         lm.check_itself()
+
+
+def test_positions_that_depend_on_other_rows_are_not_reached(tokenizers, tmp_path):
+    """LongRoPE turns all rows of a forward otherwise once one of them is longer than the original context."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    lm = team(make_folder(lambda **ids: Phi3Config(**SHAPE, num_key_value_heads=2, rope_parameters=rope,
+                                                   original_max_position_embeddings=64, **ids),
+                          tmp_path / "phi3", tokenizers[1]))
+    prompts = [lm.render([{"role": "user", "content": "A" * n}], 20) for n in (4, 60)]
+    assert lm.truncated == 1 and len(prompts[0]) < len(prompts[1]) == 44
+    tokens, logps = lm.generate(["agent_0"] * 2, prompts, luck(2, 20))
+    again, _ = lm.logprobs(["agent_0"], prompts[:1], tokens[:1])
+    assert torch.allclose(torch.tensor(logps[0]), again, atol=1e-4)
 
 
 def test_padded_makes_lists_one_length():

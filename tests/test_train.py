@@ -496,6 +496,7 @@ def test_a_step_with_other_settings(train, arguments):
     (["--world", "flat"], ["flat", "persistent"]),
     (["--device", "cuda"], ["cuda"]),
     (["--device", "abacus"], ["abacus"]),
+    (["--device", "cuda:x"], ["cuda:x"]),
     (["--out_dir", "four"], ["four", "--resume", "--overwrite"]),
     (["--out_dir", "four", "--resume", "--lr", 0.5, "--batch_size", 3], ["lr", "0.5", "batch_size"]),
     (["--out_dir", "never", "--resume"], ["never"]),
@@ -562,13 +563,14 @@ def test_groups_that_make_no_sense(workplace, data, arguments, said):
 # --- the trained team at work -----------------------------------------------------------------------------------------
 
 def test_play(workplace, four_steps):
-    run = workplace.run("model.py", "four", "--string", "li")
+    run = workplace.run("model.py", "four", "--string", "li", "--seed", 2 ** 63 - 1)
     assert run.code == 0, run.err[-2000:]
     assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
 
 
 def test_play_with_nothing_to_play(workplace, four_steps):
-    for arguments, said in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"), ([workplace.tiny], "tiny-strbuild")]:
+    for arguments, said in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"),
+                            ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99")]:
         run = workplace.run("model.py", *arguments)
         assert run.code == 2 and run.err.count("\n") == 1 and said in run.err, run.err
 
