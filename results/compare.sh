@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The runs of the README's comparison: three settings, six methods, five seeds; 64 joint actions a step everywhere.
-# Two runs at a time on one thread each, 27 minutes on 2 cores. Then: python results/compare.py
-# Learning rates are those of the best return of three (persistent) or two (official) trial runs per method (NOTES.md).
+# The runs of the README's comparison: three settings, six methods, five seeds; up to 64 joint actions a step.
+# Two runs at a time on one thread each, well over an hour on 2 cores. Then: python results/compare.py
+# Learning rates are those of the best return of four (persistent) or two (official) trial runs per method (NOTES.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p out/comparison results/comparison
@@ -11,7 +11,7 @@ run() {
     case $1 in
         one) setting="--num_turns 1 --batch_size 64 --steps 8" ;;
         official) setting="--steps 6" ;;
-        persistent) setting="--world persistent --reward sparse --steps 20" ;;
+        persistent) setting="--world persistent --reward sparse --steps 60" ;;
     esac
     case $2 in
         cc) method="train_cc.py --critic_lr 1e-3" ;;
@@ -21,10 +21,16 @@ run() {
         none) method="train_mc.py --baseline none" ;;
         grpo) method="train_mc.py --num_agents 1" ;;
     esac
-    case $1-$2 in persistent-cc* | persistent-dc | *-none) lr=1e-3 ;; *) lr=2e-3 ;; esac
+    case $1-$2 in
+        persistent-cc) lr=2.5e-4 ;;
+        persistent-cc1 | one-none | official-none) lr=1e-3 ;;
+        persistent-*) lr=5e-4 ;;
+        *) lr=2e-3 ;;
+    esac
     name=$1-$2-seed$3
-    python $method $setting --lr $lr --seed $3 --out_dir out/comparison/$name --overwrite > out/comparison/$name.txt 2>&1
-    cp out/comparison/$name/log.jsonl results/comparison/$name.jsonl
+    out=out/comparison/$name
+    python $method $setting --lr $lr --seed $3 --out_dir $out --overwrite > $out.txt 2>&1
+    cp $out/log.jsonl results/comparison/$name.jsonl
 }
 export -f run
 
