@@ -7,13 +7,15 @@ One step of training, in the symbols of arXiv 2601.21972:
  2. Return of every episode from turn t on:  R_t = sum_k gamma^k r_t+k.
  3. Advantage of every agent:  A_t = R_t - b_t,  where the baseline b_t compares the G episodes on the same item:
     their mean R_t (--baseline group: MAGRPO), the mean of the others (loo: leave-one-out), or 0 (none: MAREINFORCE).
+    With --tree every turn branches into G joint actions, as in the official code: R_t is the mean over the episodes
+    that a joint action leads to, and b_t compares the G that answer the same histories.
  4. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A),  rho = pi_i / pi_i at
     sampling; in a step's first minibatch rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 With --num_agents 1, one agent answers for the whole team, and --baseline group is GRPO.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
 clipped updates per batch instead of one, at a rate that falls to 0; advantages scaled over the whole step; sampling
-at temperature 1; G whole episodes per item instead of a tree that branches at every turn; returns are discounted.
+at temperature 1; G whole episodes per item instead of a tree (unless --tree); returns are discounted.
 
     python train_mc.py --task strbuild                 # CPU, nothing to download
     python train_mc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
@@ -67,6 +69,7 @@ group.add_argument("--steps", type=int, default=None, help="training steps (defa
 group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
 group.add_argument("--baseline", default="group", help="group (default), loo or none: what a return is compared with")
 group.add_argument("--group_size", type=int, default=4, help="G, episodes on the same item in a step (default 4)")
+group.add_argument("--tree", action="store_true", help="every turn branches into G joint actions: G^turns episodes")
 group.add_argument("--lr", type=float, default=None, help="AdamW rate of the actors, falls to 0 (default: the task's)")
 group.add_argument("--passes", type=int, default=2, help="times that a step's batch is learned from (default 2)")
 group.add_argument("--minibatches", type=int, default=2, help="optimizer steps per pass (default 2)")
@@ -94,6 +97,9 @@ with refusing(parser):  # everything a person can get wrong is found before anyt
     if args.group_size == 1 and args.baseline != "none":
         raise ValueError(f"--baseline {args.baseline} compares the episodes of a group; group_size must be at least 2.")
     check_ranges(args)
+    if args.tree and args.batch_size % args.group_size ** args.num_turns:
+        raise ValueError(f"--tree plays group_size ** num_turns = {args.group_size ** args.num_turns} episodes on an "
+                         f"item; batch_size {args.batch_size} is no multiple of it.")
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
     if args.wandb:
@@ -164,13 +170,22 @@ def log(line):
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
 
-def rollout(items, generator):
-    """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
+def leaves(t):
+    """How many episodes, one after another, a joint action of turn t belongs to: with --tree those that it leads to."""
+    return args.group_size ** (args.num_turns - 1 - t) if args.tree else 1
+
+
+def rollout(items, generator, share=lambda t: 1):
+    """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch.
+
+    The first of share(t) episodes plays turn t for all of them.
+    """
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
     episodes, memory = [Episode(item) for item in items[mine]], {}  # memory: keys and values of first prompts
     for t in range(args.num_turns):
         luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
-        running = [k for k, e in enumerate(episodes) if not (e.turns and e.turns[-1].outcome.done)]
+        running = [k for k in range(0, len(episodes), share(t))
+                   if not (episodes[k].turns and episodes[k].turns[-1].outcome.done)]
         if not running:
             continue  # generators of all ranks keep in step
         histories = {k: [history(task, episodes[k], i) for i in agents] for k in running}
@@ -182,21 +197,32 @@ def rollout(items, generator):
         outcomes = task.judge_all([episodes[k].item for k in running], answers, t, [episodes[k].world for k in running])
         for n, k in enumerate(running):
             own = slice(n, None, len(running))  # this episode's rows, one per agent
-            episodes[k].turns.append(Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n]))
+            turn = Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n])
+            for e in episodes[k:k + share(t)]:
+                e.turns.append(turn)
     return gather(episodes)
+
+
+def joint_actions(episodes):
+    """Each joint action once, as an episode of its own; those of a group stand together."""
+    return [Episode(e.item, [e.turns[t]]) for t in range(args.num_turns) for e in episodes[::leaves(t)]
+            if len(e.turns) > t]
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 def set_advantages(episodes):
     """Steps 2 and 3 of the header; says how much of the returns' variance the baseline explains."""
     returns = [e.returns(args.gamma) for e in episodes]
-    values = [[] for _ in episodes]  # the baseline stands where a critic's value would
-    for first in range(0, len(episodes), args.group_size):
-        for t in range(args.num_turns):  # among those that still play
-            playing = [k for k in range(first, first + args.group_size) if len(returns[k]) > t]
-            for k, baseline in zip(playing, baselines([returns[k][t] for k in playing], args.baseline)):
-                values[k].append(baseline)
-    rows = [row for e, ret, value in zip(episodes, returns, values) for row in zip(e.turns, ret, value)]
+    values, rows = [[] for _ in episodes], []  # the baseline stands where a critic's value would
+    for t in range(args.num_turns):
+        n = leaves(t)
+        for first in range(0, len(episodes), args.group_size * n):  # among those that still play
+            group = [k for k in range(first, first + args.group_size * n, n) if len(returns[k]) > t]
+            own = [mean(ret[t] for ret in returns[k:k + n]) for k in group]
+            for k, ret, baseline in zip(group, own, baselines(own, args.baseline)):
+                rows.append((episodes[k].turns[t], ret, baseline))
+                for value in values[k:k + n]:
+                    value.append(baseline)
     spread = mean((ret - value) ** 2 for _, ret, value in rows) ** 0.5 + 1e-6
     for turn, ret, value in rows:  # not centered: that would be a baseline, too
         turn.advantages = [(ret - value) / spread] * len(agents)
@@ -272,18 +298,20 @@ for step in bar:
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
     for counter in lms:
         counter.truncated = 0  # evaluations count none
-    items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // args.group_size)]
-    episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
+    each = args.group_size * leaves(0)
+    items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // each)]
+    episodes = rollout([item for item in items for _ in range(each)], generator, leaves)
+    played = joint_actions(episodes) if args.tree else episodes
     t1 = time.time()
     try:
-        stats = set_advantages(episodes) | update_actors(episodes)
+        stats = set_advantages(episodes) | update_actors(played)
     except FloatingPointError as error:
         bar.close()
         parser.exit(2, f"error: {error}\n")
     t2 = time.time()
-    new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
+    new_tokens = sum(len(tokens) for e in played for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1
-    for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
+    for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in played)),
                        ("tokens", new_tokens), ("wall_s", t2 - t0),
                        ("prompt/truncated", sum(gather([lm.truncated for lm in set(lms)])))]:
         progress[name] += more

@@ -42,9 +42,9 @@ TRAINERS = {"cc": "MAAC", "dc": "IAC", "mc": "MAGRPO"}
 PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
 LARGE = {"episodes": 32, "words": 40, "tokens": 96, "steps": 2}  # on a GPU
-SMALL = {"episodes": 8, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
-# answers: of a prompt, when there is a single turn; update: an agent's answers that ours learns from at once
-AS_PEER = {"answers": 4, "update": 8, "passes": 1}
+SMALL = {"episodes": 32, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
+# answers: to a prompt, when there is a single turn
+AS_PEER = {"answers": 4, "passes": 1}
 SIDES = {"peer": {"answers": 4}, "ours, as the peer": AS_PEER, "ours, as the peer, torchrun": AS_PEER | {"ranks": 2},
          "peer, 16": {"answers": 16}, "ours, as the peer, 16, torchrun": AS_PEER | {"answers": 16, "ranks": 2},
          "ours": {}}
@@ -119,9 +119,17 @@ def timed(seconds, name, function):
 # --- ours: the train script, watched ----------------------------------------------------------------------------------
 
 
+def branches(job):
+    """As the peer plays: answers to a prompt, and episodes and joint actions that one item gives."""
+    T, tree = job["turns"], job["algorithm"] == "mc"
+    G = job["answers"] if T == 1 else 2 if tree else 1
+    return (G, G ** T, sum(G ** t for t in range(1, T + 1))) if tree else (G, G, G * T)
+
+
 def train_script(algorithm, **flags):
     script = str(ROOT / f"train_{algorithm}.py")
-    sys.argv = [script, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    sys.argv = [script, *(str(word) for name, value in flags.items()
+                          for word in ([f"--{name}"] if value is True else [f"--{name}", value]))]
     runpy.run_path(script, run_name="__main__")
 
 
@@ -153,16 +161,17 @@ def ours(job):
         "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens)))
     watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0))
     more = {"passes": job["passes"]} if "passes" in job else {}
-    if "update" in job:
-        more["minibatches"] = job["episodes"] * job["turns"] // job["update"]
-        more["group_size"] = job["answers"] if job["turns"] == 1 or job["algorithm"] == "mc" else 1
+    if "answers" in job:
+        group, leaves, answers = branches(job)
+        more |= {"group_size": group} | ({"tree": True} if job["algorithm"] == "mc" else {})
+        more["minibatches"] = job["episodes"] * answers // leaves // (2 * group if job["algorithm"] == "mc" else 8)
     ranks = job.get("ranks", 1)
     train_script(job["algorithm"], task="bench", model=job["model"], batch_size=job["episodes"] // ranks,
                  num_turns=job["turns"], max_new_tokens=job["tokens"], steps=job["steps"] + 1,
                  threads=max(1, job["threads"] // ranks), save_every=1000, device=job["device"], out_dir=job["out"],
                  **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
-        lines = [line for line in map(json.loads, file) if "time/rollout_s" in line][1:]
+        before, *lines = [line for line in map(json.loads, file) if "time/rollout_s" in line]
     steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations,
     steps = steps[-job["steps"] - 1:]  # but for the first ones, in which the model is tried out
     rollout, update = (mean(line[f"time/{part}_s"] for line in lines) for part in ("rollout", "update"))
@@ -170,7 +179,8 @@ def ours(job):
     critic = mean(next(call[1] for call in step if call[0] == "update") -
                   next(call[1] for call in step if call[0] in ("critic", "update")) for step in steps[1:])
     return {"rollout": rollout - scoring, "scoring": scoring, "critic": critic, "update": update - critic,
-            "seconds": rollout + update, "episodes": job["episodes"], "answers": job["episodes"] * job["turns"],
+            "seconds": rollout + update, "episodes": job["episodes"],
+            "answers": (lines[-1]["joint_actions"] - before["joint_actions"]) // len(lines),
             "memory": ranks * memory_gb(job["device"])} | (
                 {"floor": floor(job["model"], steps[-1])} if job["floor"] else {})
 
@@ -270,9 +280,7 @@ def peer(job):
     import torch
     from model import memory_gb
     torch.set_num_threads(job["threads"])
-    T, seconds, tree = job["turns"], {}, job["algorithm"] == "mc"
-    G = job["answers"] if T == 1 else 2 if tree else 1
-    leaves, answers = (G ** T, sum(G ** t for t in range(1, T + 1))) if tree else (G, G * T)  # of one item
+    T, seconds, (G, leaves, answers) = job["turns"], {}, branches(job)
     _, _, trainer = peer_trainer(bench_task(job["words"])(AGENTS, T), job["model"], job["algorithm"], seconds, 5e-6,
                                  "bfloat16" if job["device"] == "cuda" else "float32", num_generations=G,
                                  max_new_tokens=job["tokens"], early_termination_threshold=None)
@@ -292,7 +300,7 @@ def peer(job):
     if job["device"] == "cuda":  # an answer takes seconds: one update
         items = max(1, 8 // answers)
     else:  # over turns cc and dc take long
-        items = max(2, job["episodes"] // (leaves if T == 1 or tree else 4 * G))
+        items = max(2, job["episodes"] // (leaves if T == 1 or job["algorithm"] == "mc" else 4 * G))
     timed(seconds, "all", train)(trainer, range(2, 2 + items))
     parts = {part: seconds.get(part, 0.0) for part in PARTS[:3]}
     return parts | {"update": seconds["all"] - sum(parts.values()), "seconds": seconds["all"],

@@ -17,8 +17,8 @@ import os
 import statistics
 import sys
 
-METHODS = {"cc": "CoLLM-CC", "dc": "CoLLM-DC", "group": "MAGRPO", "none": "MAREINFORCE", "grpo": "GRPO, one agent",
-           "cc1": "CoLLM-CC, lambda 1"}
+METHODS = {"cc": "CoLLM-CC", "dc": "CoLLM-DC", "group": "MAGRPO", "tree": "MAGRPO, tree", "none": "MAREINFORCE",
+           "grpo": "GRPO, one agent", "cc1": "CoLLM-CC, lambda 1"}
 SETTINGS = {"one": "1 turn", "official": "4 turns, dense, rebuilt (official)", "persistent": "4 turns, sparse, persistent"}
 
 
@@ -103,7 +103,7 @@ def draw(runs, path):
     figure, axes = pyplot.subplots(1, len(runs), figsize=(13, 4), layout="constrained")
     for axis, (setting, methods) in zip(axes, runs.items()):
         for (method, seeds), color in zip(methods.items(), [
-                "#c8102e", "#1f77b4", "#2ca02c", "#8c8c8c", "#9467bd", "#ff9d4d"]):
+                "#c8102e", "#1f77b4", "#2ca02c", "#17becf", "#8c8c8c", "#9467bd", "#ff9d4d"]):
             if len(seeds) < 2:
                 continue
             steps = list(zip(*[lines for lines, _, _ in seeds]))  # [step][seed]
@@ -114,7 +114,7 @@ def draw(runs, path):
             axis.fill_between(x, [m - s for m, s in zip(middle, around)], [m + s for m, s in zip(middle, around)],
                               color=color, alpha=0.12, linewidth=0)
         axis.set(title=SETTINGS[setting], xlabel="joint actions", ylabel="score of the step's episodes")
-    axes[0].legend(frameon=False)
+    axes[-1].legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -238,22 +238,25 @@ def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
 
 # --- several ranks -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
-def test_two_ranks_are_one_rank_with_twice_the_episodes(script, train, workplace, llm):
+@pytest.mark.parametrize("script, episodes, more", [
+    ("train_cc.py", 12, []), ("train_dc.py", 12, []), ("train_mc.py", 12, []), ("train_mc.py", 16, ["--tree"])])
+def test_two_ranks_are_one_rank_with_twice_the_episodes(script, episodes, more, train, workplace, llm):
     """Step by step the same rewards, losses and gradients; then the same agents, saved once."""
     arguments = ["--minibatches", 2] + (
-        ["--model", llm("Qwen3"), "--group_size", 3, "--steps", 2] if script == "train_mc.py" else  # targets need turns
-        ["--model", workplace.tiny, "--task", "strbuild", "--num_turns", 2, "--steps", 1])
-    one = train(f"one-{script}", script, *arguments, "--batch_size", 12)
+        ["--model", llm("Qwen3"), "--group_size", 3, "--steps", 2] if script == "train_mc.py" and not more else
+        ["--model", workplace.tiny, "--task", "strbuild", "--num_turns", 2, "--steps", 1])  # targets and trees need turns
+    arguments += [*more, "--group_size", 2, "--batch_size", episodes // 2] if more else []
+    name = "-".join([script, *more])
+    one = train(f"one-{name}", script, *arguments, "--batch_size", episodes)
     port = socket.create_server(("localhost", 0)).getsockname()[1]
-    ranks = [workplace.start(script, *SMALL, *arguments, "--out_dir", f"two-{script}", environment={
+    ranks = [workplace.start(script, *SMALL, *arguments, "--out_dir", f"two-{name}", environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test"}) for rank in (0, 1)]
     for run in ranks:
         run.process.join(120)
         assert run.process.exitcode == 0, run.err.read_text()[-2000:]
     assert "step 1" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
-    two = workplace.folder / f"two-{script}"
+    two = workplace.folder / f"two-{name}"
     for left, right in zip(train_lines(one), train_lines(two), strict=True):
         for key, value in left.items():
             assert right[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key

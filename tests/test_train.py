@@ -264,6 +264,43 @@ def test_monte_carlo_advantages_by_hand(inside, baseline):
     assert (baseline == "none") == bool((expected < 0).all())  # rewards are negative: nothing to compare with
 
 
+@pytest.mark.parametrize("baseline", ["group", "loo"])
+def test_a_tree_by_hand(inside, baseline):
+    """Two items, two joint actions at each turn: 8 episodes that consist of 12 joint actions."""
+    run = inside("train_mc.py", "--steps", 1, "--tree", "--baseline", baseline, "--group_size", 2, "--batch_size", 8,
+                 "--passes", 1, "--minibatches", 3)
+    episodes, played = run["episodes"], run["played"]
+    assert all(len(e.turns) == 2 for e in episodes), "this test wants episodes that do not end early"
+    assert run["progress"]["episodes"] == 8 and run["progress"]["joint_actions"] == 12
+    errors = {}
+    for first in (0, 4):
+        tree = episodes[first:first + 4]
+        assert len({json.dumps(e.item) for e in tree}) == 1 and len({id(e.turns[1]) for e in tree}) == 4
+        assert tree[0].turns[0] is tree[1].turns[0] and tree[2].turns[0] is tree[3].turns[0] is not tree[0].turns[0]
+        later = [e.rewards[1] for e in tree]
+        first_turn = [tree[0].rewards[0] + 0.9 * (later[0] + later[1]) / 2, tree[2].rewards[0] + 0.9 * (later[2] + later[3]) / 2]
+        for turns, returns in [([e.turns[0] for e in tree[::2]], first_turn), ([e.turns[1] for e in tree[:2]], later[:2]),
+                               ([e.turns[1] for e in tree[2:]], later[2:])]:
+            for turn, ret, other in zip(turns, returns, reversed(returns)):
+                errors[id(turn)] = ret - other if baseline == "loo" else (ret - other) / 2
+    spread = torch.tensor(list(errors.values())).square().mean().sqrt().item()
+    assert len(errors) == len(played) == 12 and spread > 0
+    for one, two in zip(played[::2], played[1::2]):  # two answers to one history
+        assert one.turns[0].prompts == two.turns[0].prompts
+    for e in played:
+        assert e.turns[0].advantages == pytest.approx([errors[id(e.turns[0])] / spread] * 2, abs=1e-4)
+    logp, _ = run["lms"][0].logprobs(["agent_0"] * 12, [e.turns[0].prompts[0] for e in played],
+                                     [e.turns[0].tokens[0] for e in played])
+    sampled = torch.tensor([x for e in played for x in e.turns[0].logps[0]])
+    assert (logp - sampled).abs().mean() < 0.05  # the agent has hardly moved: these are the histories that it answered
+
+
+def test_a_tree_of_one_turn_is_a_group(train):
+    tree, group = (train(name, "--steps", 2, "--num_turns", 1, *more, script="train_mc.py")
+                   for name, more in [("tree", ["--tree"]), ("no-tree", [])])
+    assert same_weights(tree, group)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_group_plays_one_item_and_is_learned_from_together(inside, script):
     run = inside(script, "--steps", 1, "--group_size", 2, "--minibatches", 2)
@@ -546,6 +583,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     (["--group_size", 1], ["group", "at least 2"]),
     (["--group_size", 1, "--baseline", "loo"], ["loo", "at least 2"]),
     (["--group_size", 0], ["group_size"]),
+    (["--tree"], ["--tree", "= 16 episodes", "batch_size 4"]),
     (["--baseline", "mean"], ["mean", "loo"]),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
 def test_groups_that_make_no_sense(workplace, data, arguments, said):
