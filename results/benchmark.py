@@ -6,8 +6,9 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
     Every run is a process of its own, ours and the peer's in turn; what comes before the first update is left out.
     Ours is the train script itself: 32 episodes a step, rank 16, with its defaults or with the peer's passes, groups
     and updates, in one process or (torchrun) in two that share the threads. The peer trains whole models, one pass of
-    8 answers an update (its default); over several turns it allows one answer per prompt (cc, dc) or a tree (mc: 2
-    branches a node, as in its Minecraft runs), whose leaves count as episodes.
+    8 answers an update (cc, dc) or of all answers to 2 prompts (mc), its defaults; over several turns it allows one
+    answer per prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves count as
+    episodes; as the peer, ours plays the tree, too.
  2. Floor. What our last step asked of the model, asked again of the bare model: prompts at once, tokens one by one
     with a KV cache, forward and backward of every micro-batch; no adapters, no sampling, no bookkeeping.
  3. --to_score 60: seconds of training, evaluations left out, until strbuild's held-out score is 60, from one tiny
