@@ -74,7 +74,8 @@ def critic_messages(histories):
     """
     messages = []
     for together in zip(*histories):
-        texts = list(dict.fromkeys(message["content"].strip() for message in together))
+        texts = [message["content"].strip() for message in together]
+        texts = texts[:1] if len(set(texts)) == 1 else texts
         if together[0]["role"] != "system":
             messages.append({"role": together[0]["role"], "content": "\n".join(texts)})
     return messages

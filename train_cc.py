@@ -5,15 +5,16 @@ One step of training, in the symbols of arXiv 2601.21972:
  1. Play B episodes. At turn t each agent i answers its own history: a_i,t ~ pi_i(. | h_i,t). All get the reward r_t.
  2. The critic reads what all agents were shown and wrote, h_t = (h_0,t, h_1,t, ...), and says V(h_t).
  3. TD error = advantage of every agent:     A_t = r_t + gamma V(h_t+1) - V(h_t),   V after the last turn is 0.
- 4. Critic:  minimise  mean (V(h_t) - y_t)^2  with the constant y_t = r_t + gamma V(h_t+1).
+ 4. Critic:  minimise  mean ((V(h_t) - y_t) / std_t)^2  with the constant y_t = r_t + gamma V(h_t+1).
  5. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A),  rho = pi_i / pi_i at
     sampling; in a step's first minibatch rho = 1 and the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 After training critics are thrown away: each agent works with its own adapter and its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
-clipped updates per batch instead of one, at a rate that falls to 0; advantages normalised over the whole step; values
-are what a critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling at
-temperature 1.
+clipped updates per batch instead of one, at a rate that falls to 0, no gradient longer than 1; advantages normalised
+over the whole step; one output of V per turn t, in units of std_t, the spread of the first step's returns from there
+on; values are what a critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling
+at temperature 1.
 
     python train_cc.py --task strbuild                 # CPU, nothing to download
     python train_cc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
@@ -51,20 +52,20 @@ group.add_argument("--compile", action="store_true", help="torch.compile what wr
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
 group.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)} (default strbuild)")
-group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
+group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default), 1, or what the task has")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
 group.add_argument("--feedback", default=None, help="told between turns: position, score, perfect, level (by task)")
 group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
 group = parser.add_argument_group("rollout")
-group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step and rank (default: the task's)")
+group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step and process (default: by task)")
 group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=int, default=None, help="training steps (default: the task's)")
-group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
+group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, the paper's)")
 group.add_argument("--lam", type=float, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--group_size", type=int, default=1, help="G, episodes on the same item in a step (default 1)")
 group.add_argument("--lr", type=float, default=None, help="AdamW rate of the actors, falls to 0 (default: the task's)")

@@ -14,8 +14,9 @@ One step of training, in the symbols of arXiv 2601.21972:
 With --num_agents 1, one agent answers for the whole team, and --baseline group is GRPO.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
-clipped updates per batch instead of one, at a rate that falls to 0; advantages scaled over the whole step; sampling
-at temperature 1; G whole episodes per item instead of a tree (unless --tree); returns are discounted.
+clipped updates per batch instead of one, at a rate that falls to 0, no gradient longer than 1; advantages scaled over
+the whole step instead of within each group; sampling at temperature 1; G whole episodes per item instead of a tree
+(unless --tree); returns are discounted.
 
     python train_mc.py --task strbuild                 # CPU, nothing to download
     python train_mc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
@@ -53,20 +54,20 @@ group.add_argument("--compile", action="store_true", help="torch.compile what wr
 group.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
 group.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)} (default strbuild)")
-group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default) or 1")
+group.add_argument("--num_agents", type=int, default=2, help="agents in the team: 2 (default), 1, or what the task has")
 group.add_argument("--num_turns", type=int, default=None, help="turns per episode at most (default: the task's)")
 group.add_argument("--feedback", default=None, help="told between turns: position, score, perfect, level (by task)")
 group.add_argument("--reward", default="dense", help="dense: every turn pays (default); sparse: only the last one")
 group.add_argument("--world", default="rebuilt", help="strbuild: rebuilt every turn (default) or persistent")
 group.add_argument("--data", default="builtin", help="builtin, hub (the real data set), or FILE.jsonl of your own")
 group = parser.add_argument_group("rollout")
-group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step and rank (default: the task's)")
+group.add_argument("--batch_size", type=int, default=None, help="B, episodes per step and process (default: by task)")
 group.add_argument("--max_new_tokens", type=int, default=None, help="longest answer in tokens (default: the task's)")
 group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of log pi (default 1: unbiased)")
 group.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default 1: all of it, unbiased)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=int, default=None, help="training steps (default: the task's)")
-group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, as official)")
+group.add_argument("--gamma", type=float, default=0.9, help="discount per turn (default 0.9, the paper's)")
 group.add_argument("--baseline", default="group", help="group (default), loo or none: what a return is compared with")
 group.add_argument("--group_size", type=int, default=4, help="G, episodes on the same item in a step (default 4)")
 group.add_argument("--tree", action="store_true", help="every turn branches into G joint actions: G^turns episodes")

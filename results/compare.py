@@ -75,8 +75,8 @@ def table(runs):
         p_final, p_whole = (holm({method: permutation_p(numbers["cc"], numbers[method])
                                   for method in methods if method != "cc"}) for numbers in (final, whole))
         actions = [last["joint_actions"] for seeds in methods.values() for _, last, _ in seeds]
-        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {min(actions):,} to "
-              f"{max(actions):,} joint actions a run\n")
+        number = " to ".join(f"{count:,}" for count in sorted({min(actions), max(actions)}))
+        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {number} joint actions a run\n")
         print("| | raw | trained | p | reward per turn | mean training score | p |\n|---|---|---|---|---|---|---|")
         for method, seeds in methods.items():
             reward = spread([last["eval/reward"] for _, last, _ in seeds], 2)

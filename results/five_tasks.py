@@ -4,11 +4,11 @@ The README's table of the five tasks and results/EPISODES.md, from runs of `pyth
     python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints the table
     python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training
 """
+import argparse
 import glob
 import json
 import os
 import statistics
-import sys
 
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": "", "strbuild": "36.6 / 46.1 / 68.5",
          "housebuild": "43.2 / 54.6 / 52.7"}
@@ -61,7 +61,13 @@ def episodes(folders):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        episodes(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", help="of runs, each with a config.json and a samples.txt")
+    args = parser.parse_args()
+    for folder in args.folders:
+        if not os.path.exists(os.path.join(folder, "samples.txt")):
+            parser.error(f"{folder} is not the folder of a run: it has no samples.txt.")
+    if args.folders:
+        episodes(args.folders)
     else:
         print(table(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")))

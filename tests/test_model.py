@@ -650,6 +650,8 @@ def test_a_joint_history_holds_everything_once():
                ["Build I with 0.", "Build I with 1.", "answer 0", "answer 1", "same for both"])
     alone = critic_messages(histories[1:])
     assert "answer 0" not in str(alone) and "answer 1" in str(alone)
+    said = [[{"role": "assistant", "content": number}] for number in "353"]  # who of three said what is not lost
+    assert critic_messages(said) == [{"role": "assistant", "content": "3\n5\n3"}]
 
 
 def test_a_critic_keeps_the_newest_tokens_and_counts_what_it_cut(folder):
