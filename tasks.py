@@ -534,25 +534,23 @@ class StrBuild(Task):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
         world = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0]
-        feedback = [self.feedback(self.feedback_mode, item["string"], self.palettes, agent, responses, start, turn + 1)
-                    for agent in range(self.num_agents)]
+        told = [f"Turn {turn + 2} of {self.num_turns}. {self.feedback(item, agent, world, parts['reward'])}"
+                for agent in range(self.num_agents)]
         reward = parts["reward"] - 2
-        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, feedback)
+        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, told)
 
-    def feedback(self, mode, string, palettes, agent, responses, start, turn):
-        """What an agent is told before turn `turn`, the first one being 0; responses found the world start."""
-        text, rows = f"Turn {turn + 1} of {self.num_turns}.", sim.string_target(string)
-        if mode == "score":
-            worth = sim.strbuild_score(rows, responses, palettes, self.max_commands, start)["reward"]
-            return f"{text} The last build was worth {worth:.2f} of 2."
-        world = sim.strbuild_world(rows, responses, palettes, self.max_commands, start)[0]
-        own = [cell for cell, block in world.items() if block in palettes[agent]]  # it is shown no other agent's blocks
-        if mode == "perfect":
-            wrong = sorted(set(own) - set(sim.target_cells(rows)))
-            return f"{text} Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
+    def feedback(self, item, agent, world, worth):
+        """What an agent is told of the world that was built, and of nobody else's blocks in it."""
+        if self.feedback_mode == "score":
+            return f"The last build was worth {worth:.2f} of 2."
+        target = sim.target_cells(sim.string_target(item["string"]))
+        own = [cell for cell, block in world.items() if block in self.palettes[agent]]
+        if self.feedback_mode == "perfect":
+            wrong = sorted(set(own) - set(target))
+            return f"Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
         if self.persistent:
-            return f"{text} Your {len(own)} blocks:{self.listed(string, own)}."
-        return f"{text} The cells:{self.listed(string, sim.target_cells(rows))}. Fill about half, no equal neighbours."
+            return f"Your {len(own)} blocks:{self.listed(item['string'], own)}."
+        return f"The cells:{self.listed(item['string'], target)}. Fill about half, no equal neighbours."
 
     @staticmethod
     def listed(string, cells):
@@ -574,21 +572,19 @@ class StrBuild(Task):
 
     def demonstration(self, rng):
         """Messages of a conversation of two answers; the tiny base learns all but the first of them."""
-        string = self.shown(rng)["string"]
-        palettes = rng.choice([sim.PALETTES] * 2 + [[sum(sim.PALETTES, [])]])  # one in three: alone
-        agent, mode = rng.randrange(len(palettes)), rng.choices(self.feedback_modes, [8, 1, 1])[0]
-        turn = rng.randint(1, 3) if self.persistent else 1
-        answers = [self.answer(string, palettes, agent, rng, k) for k in range(turn + 1)]
-        start, world = {}, {}
-        for answer in answers[:-1]:
-            responses = [answer if i == agent else "" for i in range(len(palettes))]
-            start, world = world, sim.strbuild_world(
-                sim.string_target(string), responses, palettes, self.max_commands, world)[0]
-        told = self.feedback(mode, string, palettes, agent, responses, start,
-                             turn if self.persistent else rng.randint(1, 3))
-        return [{"role": "user", "content": f"Build{self.spelled(string)} with {' '.join(palettes[agent])}."},
+        item, team = self.shown(rng), copy.copy(self)
+        team.num_agents = rng.choice([2, 2, 1])  # one in three: alone
+        team.setup()
+        agent, team.feedback_mode = rng.randrange(team.num_agents), rng.choices(self.feedback_modes, [8, 1, 1])[0]
+        judged = rng.randint(1, 3) if self.persistent else 1
+        answers = [team.expert(item, agent, rng, turn) for turn in range(judged + 1)]
+        first, world = 0 if self.persistent else rng.randrange(3), None
+        for turn, answer in enumerate(answers[:judged], first):
+            outcome = team.judge(item, [answer if i == agent else "" for i in range(team.num_agents)], turn, world)
+            world = outcome.world
+        return [{"role": "user", "content": team.observation(item, agent)},
                 {"role": "assistant", "content": answers[-2]},
-                {"role": "user", "content": told}, {"role": "assistant", "content": answers[-1]}]
+                {"role": "user", "content": outcome.feedback[agent]}, {"role": "assistant", "content": answers[-1]}]
 
     def exercise(self, rng):
         """A conversation in which the string is only spelled, twice.
@@ -601,23 +597,20 @@ class StrBuild(Task):
                  {"role": "assistant", "content": "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))}]
         return spell + [{"role": "user", "content": "Again."}, spell[1]]
 
-    def expert(self, item, agent, rng):
-        return self.answer(item["string"], self.palettes, agent, rng)
-
-    def answer(self, string, palettes, agent, rng, turn=0):
-        """One answer of the sloppy expert: which letters it builds, often none at all, and with which blocks.
+    def expert(self, item, agent, rng, turn=0):
+        """Which letters it builds, often none at all, and with which blocks, are habits.
 
         A heading such as " 2:C" goes before each letter. The simulator rejects that line at no cost; to name the letter
         first lets the tiny base look it up once and not for each cell.
         """
         where, blocks = (rng.choices(list(habits), habits.values())[0] for habits in (
             self.where_persistent if self.persistent else self.where, self.blocks))
-        palette = palettes[agent]
+        string, palette = item["string"], self.palettes[agent]
         letters, one, lines = by_letter(sim.target_cells(sim.string_target(string))), rng.choice(palette), []
         places = list(letters)
         if self.persistent:
             chosen = {"none": [], "turn": [turn % len(places)], "any": [rng.choice(places)]}[where]
-            if len(palettes) > 1:
+            if self.num_agents > 1:
                 half = {place: -(-len(cells) // 2) for place, cells in letters.items()}
                 upper = rng.random() < 0.5
                 letters = {place: cells[:half[place]] if upper else cells[half[place]:]
