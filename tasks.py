@@ -107,19 +107,22 @@ class Episode:
         return [sum(gamma ** k * reward for k, reward in enumerate(self.rewards[t:])) for t in range(len(self.turns))]
 
 
+def talk(*texts):
+    """Messages of a user and an assistant, who speak in turn."""
+    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(["user", "assistant"]), texts)]
+
+
 def history(task, episode, agent):
     """The messages of h_i,t: the rules and o_i,0, then the agent's own last answer and what it was told about it.
 
     2 messages at turn 0, 4 later: like the official code, only the last answer is kept. Nothing of another agent is in
     here, so this is all that agent i needs when it works alone.
     """
-    messages = [{"role": "system", "content": task.instructions(agent)},
-                {"role": "user", "content": task.observation(episode.item, agent)}]
+    texts = [task.observation(episode.item, agent)]
     if episode.turns:
         last = episode.turns[-1]
-        messages += [{"role": "assistant", "content": last.responses[agent]},
-                     {"role": "user", "content": last.outcome.feedback[agent]}]
-    return messages
+        texts += [last.responses[agent], last.outcome.feedback[agent]]
+    return [{"role": "system", "content": task.instructions(agent)}] + talk(*texts)
 
 
 def first_line(error):
@@ -437,13 +440,10 @@ class Task:
         team.feedback_mode = self.feedback_modes[0]
         agent, turn = rng.randrange(team.num_agents), rng.randrange(3)
         first = [team.expert(item, i, rng) for i in range(team.num_agents)]
-        messages = [{"role": "user", "content": team.observation(item, agent)},
-                    {"role": "assistant", "content": first[agent]}]
-        if self.turns == 1:
-            return messages
-        told = team.told(item, first, turn, rng)[agent]
-        return messages + [{"role": "user", "content": told},
-                           {"role": "assistant", "content": team.expert(item, agent, rng)}]
+        texts = [team.observation(item, agent), first[agent]]
+        if self.turns > 1:
+            texts += [team.told(item, first, turn, rng)[agent], team.expert(item, agent, rng)]
+        return talk(*texts)
 
     def told(self, item, responses, turn, rng):
         """What the sloppy expert hears of its first answer in a demonstration."""
@@ -582,9 +582,7 @@ class StrBuild(Task):
         for turn, answer in enumerate(answers[:judged], first):
             outcome = team.judge(item, [answer if i == agent else "" for i in range(team.num_agents)], turn, world)
             world = outcome.world
-        return [{"role": "user", "content": team.observation(item, agent)},
-                {"role": "assistant", "content": answers[-2]},
-                {"role": "user", "content": outcome.feedback[agent]}, {"role": "assistant", "content": answers[-1]}]
+        return talk(team.observation(item, agent), answers[-2], outcome.feedback[agent], answers[-1])
 
     def exercise(self, rng):
         """A conversation in which the string is only spelled, twice.
@@ -593,9 +591,8 @@ class StrBuild(Task):
         some thirty tokens: without this it still guesses letters when it has long known their shapes.
         """
         string = self.shown(rng)["string"]
-        spell = [{"role": "user", "content": f"Spell{self.spelled(string)}."},
-                 {"role": "assistant", "content": "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))}]
-        return spell + [{"role": "user", "content": "Again."}, spell[1]]
+        spelled = "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))
+        return talk(f"Spell{self.spelled(string)}.", spelled, "Again.", spelled)
 
     def expert(self, item, agent, rng, turn=0):
         """Which letters it builds, often none at all, and with which blocks, are habits.
@@ -758,8 +755,7 @@ class HouseBuild(Task):
             return "%d %d %d" % tuple(rng.randrange(8) for _ in range(3))
         boxes = "".join(f" {k}: {corner()} {corner()} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
                         for k in range(1, rng.randint(4, 10)))
-        return [{"role": "user", "content": f"The house:\n{boxes}"},
-                {"role": "assistant", "content": boxes.replace(": ", ":\nfill ")}]
+        return talk(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 
 
 # --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
