@@ -907,9 +907,9 @@ class Writing(Task):
     The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. One agent alone writes both
     texts, with a line ===== between them.
     """
-    field, roles = "", ("", "")                       # name of an item's text; who writes what
-    brief = ""                                        # how a text begins that will be too short
-    slots, text, banks, levels = {}, "", [], None     # what built-in items and demonstrations are made of; the reward's
+    # each says: field, the name of an item's text; roles, who writes what; slots, text, banks, what built-in items and
+    # demonstrations are made of; levels, the reward's; keep, most, of which sentences and how many a text is made
+    brief, opened = "", [0, 0.3, 1]  # how a text begins that will be too short; how many sentences have a transition
 
     def setup(self):
         self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
@@ -947,13 +947,12 @@ class Writing(Task):
     # the sloppy expert goes through its sentences in order, leaves some out, and opens few or many with a transition
 
     def expert(self, item, agent, rng):
-        if self.num_agents == 1:
-            return " =====\n".join(self.write(item, part, rng) for part in (0, 1))
-        return self.write(item, agent, rng)
+        parts = [0, 1] if self.num_agents == 1 else [agent]
+        return " =====\n".join(self.write(item, part, rng) for part in parts)
 
     def write(self, item, part, rng):
-        bank = self.banks[part % len(self.banks)]
-        keep, most, opened = (rng.choice(habits) for habits in (self.keep[part], self.most[part], self.opened))
+        bank = self.banks[part]
+        keep, most, opened = rng.choice(self.keep), rng.choice(self.most[part]), rng.choice(self.opened)
         text = [self.brief] if self.brief and most < len(bank) else []
         for sentence in [s for s in bank if rng.random() < keep][:most] or bank[:1]:
             sentence = sentence.format(**item["facts"])
@@ -967,9 +966,9 @@ class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     field, hub_parts = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
     roles = "a concise summary", "a detailed summary"
-    slots, text, banks, levels = POST, POST_TEXT, [POST_BANK], TLDR_LEVELS
+    slots, text, banks, levels = POST, POST_TEXT, [POST_BANK] * 2, TLDR_LEVELS
     steps, batch_size, lr = 32, 64, 1.5e-3
-    base_steps, keep, most, opened = 900, [[0.8, 1, 1]] * 2, [[3, 3, 3, 8, 8], [2, 7]], [0, 0.3, 1]
+    base_steps, keep, most = 900, [0.8, 1, 1], [[3, 3, 3, 8, 8], [2, 7]]
 
 
 class ArXiv(Writing):
@@ -977,7 +976,7 @@ class ArXiv(Writing):
     field, hub_parts = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
     roles = "background and motivation", "methodology and implications"
     slots, text, banks, levels = PAPER, PAPER_TEXT, PAPER_BANK, ARXIV_LEVELS
-    keep, most, opened = [[1], [1]], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7], [0, 0.3, 1]
+    keep, most = [1], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7]
     brief = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
     steps, batch_size, lr = 32, 64, 5e-4
     pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next: half the tokens
