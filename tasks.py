@@ -56,6 +56,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import minecraft_sim as sim
 
@@ -267,10 +268,7 @@ def write_atomic(path, write):
 
 
 def write_text(path, text):
-    def write(part):
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-    write_atomic(path, write)
+    write_atomic(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 # may differ between a run and its continuation; another number of steps is another schedule of the learning rate
@@ -287,8 +285,7 @@ def cut_log(out_dir, step, again):
                         ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                entries = re.finditer(entry, file.read(), re.MULTILINE)
+            entries = re.finditer(entry, Path(path).read_text(encoding="utf-8"), re.MULTILINE)
             write_text(path, "".join(found[0] for found in entries if int(found[1]) <= step - (
                 again and (name == "samples.txt" or '"train/' not in found[0]))))
 
