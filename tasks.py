@@ -314,21 +314,18 @@ def check_run_folder(args):
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
     if args.resume and args.eval_only:
         raise ValueError("--resume trains on and --eval_only only evaluates; give one of them.")
-    if not os.path.exists(path):
+    try:
+        saved = json.loads(Path(path).read_text()) if os.path.exists(path) else None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(saved, dict) or "out_dir" not in saved:
         if args.resume:
             raise ValueError(f"There is no run to resume in {args.out_dir}.")
         if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
             raise ValueError(f"{args.out_dir} is a file; choose another --out_dir.")
-        if os.path.isdir(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
+        if os.path.exists(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
             raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
         return
-    try:
-        with open(path) as file:
-            saved = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(saved, dict) or "out_dir" not in saved:
-        raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
     if not (args.resume or args.overwrite or args.eval_only):
         raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
