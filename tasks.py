@@ -1122,7 +1122,7 @@ def find_function(answer, name):
             text = matches[-1][0].rstrip()
             tree, error = parse_python(text)
             if tree is None:
-                return text, None, error, bool(re.search(r"\breturn\b", text))
+                return text, None, f"{error[:150]} in {name}", bool(re.search(r"\breturn\b", text))
         for node in reversed(tree.body if tree else []):  # of two definitions the last one holds
             if isinstance(node, FUNCTION) and node.name == name:
                 nodes = list(node.body)
@@ -1188,13 +1188,15 @@ def coophe_rewards(triples):
         aux, aux_node, aux_error, aux_returns = find_function(aux_answer, "aux")
         main, main_node, main_error, main_returns = find_function(main_answer, name)
         module = "\n".join([*given, aux, main])
-        error = f"{aux_error[:150]} in aux" if aux_error else f"{main_error[:150]} in {name}" if main_error else \
-            parse_python(module)[1]
-        level = ("syntax error: " + error if error else "" if aux_returns else "aux has no function with a return"
-                 ) if main_returns else "main has no function with a return"
-        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": level}
+        error = aux_error or main_error or parse_python(module)[1]
+        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": ""}
         results.append(result)
-        if main_returns and not error:
+        if not main_returns:
+            result["level"] = "main has no function with a return"
+        elif error:
+            result["level"] = f"syntax error: {error}"
+        else:
+            result["level"] = "" if aux_returns else "aux has no function with a return"
             result["reward"] += 0.5
             jobs.append([module, name, tests])
             judged.append((result, tests, use_of_aux(main_node) if aux_node else 0.0))
