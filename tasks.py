@@ -705,7 +705,7 @@ class HouseBuild(Task):
                        for k, (low, high, block) in enumerate(boxes_of(item["layers"], item["inventory"]), 1))
 
     def judge(self, item, responses, turn, world=None):
-        layers, inventory = {int(y): rows for y, rows in item["layers"].items()}, item["inventory"]
+        layers, inventory = item["layers"], item["inventory"]
         parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
         parts["kills"] = sum(None in commands for commands in accepted)
