@@ -189,11 +189,11 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     pairs = [(block, world[near]) for (x, y, z), block in world.items()
              for near in [(x + 1, y, z), (x, y + 1, z)] if near in world]
     missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
-    coverage = covered / len(target) if target else 0.0
-    extra_ratio = extra / background if background else 0.0
-    adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / len(pairs) if pairs else 0.0
+    coverage = covered / max(1, len(target))
+    extra_ratio = extra / max(1, background)
+    adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / max(1, len(pairs))
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
-            "iou": covered / (len(target) + extra) if target or extra else 0.0,
+            "iou": covered / max(1, len(target) + extra),
             "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
             "missing_palettes": missing, "accepted": [len(commands) for commands in accepted]}
 
@@ -316,7 +316,7 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     killed = any(None in commands for commands in accepted)
     unprotected = len(responses) >= 2 and danger > 0 and player_hp > 0 and not killed
     penalty = 0.1 * min(1.0, danger / player_hp) if unprotected else 0.0
-    return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / len(union) if union else 0.0,
+    return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / max(1, len(union)),
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
