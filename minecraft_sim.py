@@ -337,11 +337,10 @@ def wall_plan(target_rows):
 
 def house_plan(layers, inventory):
     """The same of a house: ({wanted cell: block}, rows of cells): four layers side by side, seen from above."""
-    grid, width, depth = [], len(next(iter(layers.values()))[0]), len(next(iter(layers.values())))
-    for band in range(min(layers), max(layers) + 1, 4):
-        shown = [y for y in range(band, band + 4) if y in layers]
-        grid += [[cell for y in shown for cell in [*((x, y, z) for x in range(width)), None, None]]
-                 for z in reversed(range(depth))] + [[]]
+    ys, rows, grid = sorted(layers), next(iter(layers.values())), []
+    for band in range(0, len(ys), 4):
+        grid += [[cell for y in ys[band:band + 4] for cell in [*((x, y, z) for x in range(len(rows[0]))), None, None]]
+                 for z in reversed(range(len(rows)))] + [[]]
     return house_target(layers, inventory), grid[:-1]
 
 
@@ -382,9 +381,10 @@ def draw_svg(plan, world, title=""):
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
 
     target, grid = plan
-    W, H, D = (1 + max(cell[axis] for row in grid for cell in row if cell) for axis in range(3))
-    ground, top = min(cell[1] for row in grid for cell in row if cell), screen(W, H, 0)[1] - 34  # room for the title
-    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(screen(0, ground, D)[1] + 10 - top)
+    xs, ys, zs = zip(*(cell for row in grid for cell in row if cell))
+    W, H, D = 1 + max(xs), 1 + max(ys), 1 + max(zs)
+    top = screen(W, H, 0)[1] - 34  # room for the title
+    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(screen(0, min(ys), D)[1] + 10 - top)
     title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
