@@ -96,10 +96,9 @@ def command_lines(response):
         if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language word; "/kill" is not one
             response = rest
     for line in response.splitlines():
-        line = line.strip()
-        marker = re.match(r"([-*]|\d+[.)])\s+", line)
+        line = re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip())
         if line:
-            yield line[marker.end():] if marker else line
+            yield line
 
 
 def integers(words):
