@@ -196,26 +196,24 @@ def dialogue(task, episode, color):
 def read_jsonl(path, check):
     """Items of a person's own file, one JSON object a line, as (train, eval); "split": "eval" marks held-out lines.
 
-    check(object) returns the item or raises ValueError. Raises ValueError with one sentence and the line's number.
+    check(object) returns the item or raises ValueError. Raises ValueError with one sentence and the line's number, and
+    OSError if there is no such file.
     """
     items = {"train": [], "eval": []}
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # bad bytes become surrogates
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
-                        raise ValueError('a line is an object whose "split", if any, is "train" or "eval"')
-                    json.dumps(record, ensure_ascii=False).encode()
-                    items[record.get("split", "train")].append(check(record))
-                except UnicodeEncodeError:
-                    raise ValueError(f"{path}, line {number}: this is not UTF-8 text") from None
-                except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error}") from None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # bad bytes become surrogates
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
+                    raise ValueError('a line is an object whose "split", if any, is "train" or "eval"')
+                json.dumps(record, ensure_ascii=False).encode()
+                items[record.get("split", "train")].append(check(record))
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}, line {number}: this is not UTF-8 text") from None
+            except (ValueError, RecursionError) as error:  # the file is a person's: say where it is broken
+                raise ValueError(f"{path}, line {number}: {error}") from None
     if not items["train"]:
         raise ValueError(f"{path} has no training line.")
     train = {json.dumps(item, sort_keys=True) for item in items["train"]}
@@ -229,12 +227,9 @@ def read_hub(parts, check):
     """Items of data sets on the hub as (train, eval); parts: [(name, split to train on, split to hold out)].
 
     128 held-out items, evenly from the split. A row that check refuses is left out, and that is printed. Raises
-    ValueError with one sentence without the datasets package or the data.
+    ValueError with one sentence without the data, and ImportError without the datasets package.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError("--data hub needs a package: pip install datasets") from None
+    import datasets  # not everybody needs it
     items = [[], []]
     for name, *splits in parts:
         for kept, split in zip(items, splits):
@@ -1362,7 +1357,7 @@ TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"
 
 
 def get_task(name, **options):
-    """The task of that name; ValueError with one sentence where name or options make no sense."""
+    """The task of that name; an error of one sentence, see refusing, where name or options make no sense."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
     if options.get("num_turns") is not None and options["num_turns"] < 1:
