@@ -182,8 +182,7 @@ def dialogue(task, episode, color):
     lines = []
     for t, turn in enumerate(episode.turns):
         for agent, response in enumerate(turn.responses):
-            told = task.observation(episode.item, agent) if t == 0 else episode.turns[t - 1].outcome.feedback[agent]
-            told = " ".join(told.split())
+            told = " ".join(history(task, Episode(episode.item, episode.turns[:t]), agent)[-1]["content"].split())
             answer = response.strip().splitlines() or ["(nothing)"]
             more = f" ... {len(answer)} lines" if len(answer) > 4 else ""
             lines += [f"turn {t} | agent {agent} is told: {told if len(told) < 100 else told[:80] + ' ...'}",
