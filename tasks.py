@@ -514,9 +514,9 @@ class StrBuild(Task):
         return f"Build{self.spelled(item['string'])} with {' '.join(self.palettes[agent])}."
 
     @staticmethod
-    def spelled(string):
+    def spelled(string, end=""):
         """" 1:I 2:C 3:M 4:L" for "ICML": which letter stands in which place."""
-        return "".join(f" {k}:{letter}" for k, letter in enumerate(string, 1))
+        return "".join(f" {k}:{letter}{end}" for k, letter in enumerate(string, 1))
 
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
@@ -579,8 +579,8 @@ class StrBuild(Task):
         some thirty tokens: without this it still guesses letters when it has long known their shapes.
         """
         string = self.shown(rng)["string"]
-        spelled = "".join(f" {k}:{letter}\n" for k, letter in enumerate(string, 1))
-        return talk(f"Spell{self.spelled(string)}.", spelled, "Again.", spelled)
+        answer = self.spelled(string, "\n")
+        return talk(f"Spell{self.spelled(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
         """Which letters it builds, often none at all, and with which blocks, are habits.
@@ -596,10 +596,10 @@ class StrBuild(Task):
         if self.persistent:
             chosen = {"none": [], "turn": [turn % len(places)], "any": [rng.choice(places)]}[where]
             if self.num_agents > 1:
-                half = {place: -(-len(cells) // 2) for place, cells in letters.items()}
                 upper = rng.random() < 0.5
-                letters = {place: cells[:half[place]] if upper else cells[half[place]:]
-                           for place, cells in letters.items()}
+                for place, cells in letters.items():
+                    middle = -(-len(cells) // 2)
+                    letters[place] = cells[:middle] if upper else cells[middle:]
         else:
             chosen = {"none": [], "all": places, "odd": places[::2], "even": places[1::2], "first": places[:1],
                       "last": places[-1:], "some": [place for place in places if rng.random() < 0.5]}[where]
