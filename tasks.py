@@ -1355,13 +1355,13 @@ TASKS = {"tldr": TLDR, "arxiv": ArXiv, "coophe": CoopHE, "strbuild": StrBuild, "
 TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"]
 
 
-def get_task(name, **options):
+def get_task(name, num_turns=None, **options):
     """The task of that name; an error of one sentence, see refusing, where name or options make no sense."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
-    if options.get("num_turns") is not None and options["num_turns"] < 1:
-        raise ValueError(f"num_turns must be at least 1, not {options['num_turns']}.")
-    return TASKS[name](**options)
+    if num_turns is not None and num_turns < 1:
+        raise ValueError(f"num_turns must be at least 1, not {num_turns}.")
+    return TASKS[name](num_turns=num_turns, **options)
 
 
 def main():
