@@ -1,4 +1,5 @@
 """What holds for every task, and what tldr, arxiv and housebuild do; the reward of coophe has tests of its own."""
+import functools
 import itertools
 import json
 import random
@@ -56,13 +57,9 @@ def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
         form(text)[0] for text in shown}
 
 
-made = {}
-
-
+@functools.cache
 def get_task_once(name, num_agents):
-    if (name, num_agents) not in made:
-        made[name, num_agents] = get_task(name, num_agents=num_agents)
-    return made[name, num_agents]
+    return get_task(name, num_agents=num_agents)
 
 
 @pytest.mark.parametrize("name", NAMES)
