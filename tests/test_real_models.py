@@ -14,8 +14,8 @@ import socket
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
+from test_train import train_lines, weights_of
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import model
@@ -76,16 +76,8 @@ def train(workplace):
     return train
 
 
-def train_lines(folder):
-    """Training lines of the log without what the clock says."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(("wall_s", "time/", "memory"))}
-            for line in lines if "train/reward" in line]
-
-
 def all_agents(folder):
-    return {f"{file.parent.name}/{key}": value for file in sorted(folder.glob("agent_*/adapter_model.safetensors"))
-            for key, value in load_file(file).items()}
+    return {key: value for key, value in weights_of(folder).items() if key.startswith("agent_")}
 
 
 # --- every family, from a folder to a deployed agent --------------------------------------------------------------------
