@@ -229,9 +229,9 @@ def read_hub(parts, check):
     ValueError with one sentence without the data, and ImportError without the datasets package.
     """
     import datasets  # not everybody needs it
-    items = [[], []]
+    train, held_out = [], []
     for name, *splits in parts:
-        for kept, split in zip(items, splits):
+        for kept, split in zip([train, held_out], splits):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # whatever went wrong on the way to the hub
@@ -242,7 +242,6 @@ def read_hub(parts, check):
                     kept.append(check(row))
                 except ValueError as error:
                     print(f"{name}, {split}, row {number} is left out: {error}")
-    train, held_out = items
     held_out = held_out[::max(1, len(held_out) // 128)][:128]
     return [item for item in train if item not in held_out], held_out
 
