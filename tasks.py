@@ -733,15 +733,15 @@ class HouseBuild(Task):
                   "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
         kill = rng.random() < 0.4
         chosen = chosen[kill * len(chosen) // 4:]
-        lines = "kill\n" * kill + "".join(box.replace(": ", ":\nfill ") for box in chosen)
+        lines = "kill\n" * kill + "".join(chosen).replace(": ", ":\nfill ")
         return lines or "nothing\n"
 
     def exercise(self, rng):
         """A short list of random boxes is copied."""
-        def corner():
-            return "%d %d %d" % tuple(rng.randrange(8) for _ in range(3))
-        boxes = "".join(f" {k}: {corner()} {corner()} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
-                        for k in range(1, rng.randint(4, 10)))
+        boxes = ""
+        for k in range(1, rng.randint(4, 10)):
+            corners = "%d %d %d %d %d %d" % tuple(rng.randrange(8) for _ in range(6))
+            boxes += f" {k}: {corners} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
         return talk(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 
 
