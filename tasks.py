@@ -1095,18 +1095,13 @@ def parse_python(text):
         return None, str(error).replace("<unknown>, ", "") or "nested too deeply"
 
 
-def unix(text):
-    """The text with line breaks as the parser counts them."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def find_function(answer, name):
     """(source, node, error, whether it returns) of `def name(` in the first fenced block that has it, or in the text.
 
     In text that is no Python the function is its `def` line and the indented lines below it, so that one with a syntax
     error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
     """
-    answer = unix(answer)
+    answer = re.sub(r"\r\n?", "\n", answer)  # line breaks as the parser counts them
     blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # language word
     for text in [textwrap.dedent(block) for block in blocks] + [answer, textwrap.dedent(answer)]:
         tree, _ = parse_python(text)
@@ -1152,7 +1147,7 @@ def coophe_tests(test):
             assert candidate(2) == 4
             assert True                        ->   ["assert candidate(2) == 4"]
     """
-    test = unix(test)
+    test = re.sub(r"\r\n?", "\n", test)  # line breaks as the parser counts them
     tree, error = parse_python(test)
     nodes = [node for node in tree.body if not ast.unparse(node).startswith(("METADATA", "check("))] if tree else []
     check = next((node for node in nodes if isinstance(node, FUNCTION) and node.name == "check"), None)
