@@ -369,7 +369,10 @@ class Task:
             if choice not in choices:
                 raise ValueError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
         self.setup()
-        self.train_items, self.eval_items = self.hub() if data == "hub" else self.builtin()
+        if data == "hub" and not self.hub_parts:
+            raise ValueError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
+        self.train_items, self.eval_items = (
+            read_hub(self.hub_parts, self.check) if data == "hub" else self.builtin())
         if data not in ("builtin", "hub"):
             self.train_items, own = read_jsonl(data, self.check)
             self.eval_items = own or [item for item in self.eval_items if item not in self.train_items]
@@ -396,11 +399,6 @@ class Task:
         while self.held_out(item := self.random_item(rng)):
             pass
         return item
-
-    def hub(self):
-        if not self.hub_parts:
-            raise ValueError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
-        return read_hub(self.hub_parts, self.check)
 
     def check(self, record):
         raise ValueError(f"{self.name} reads no items of a person's own; it has no check(record).")
