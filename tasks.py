@@ -469,11 +469,11 @@ class StrBuild(Task):
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     first, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
 
+    max_commands, max_new_tokens = 300, 160  # the longest string has 64 cells, 2 tokens each, and three more a letter
+
     def setup(self):
-        # 160 tokens: the longest string has 64 cells, 2 tokens each, and three more a letter. In the persistent world
-        # three turns' commands cannot fill any of the built-in strings, and conversations are shorter
-        self.base, self.base_batch, self.max_commands, self.max_new_tokens = (
-            ("strbuild-persistent", 14, 14, 40) if self.persistent else ("strbuild", 6, 300, 160))
+        if self.persistent:  # three turns' commands cannot fill any built-in string, and conversations are shorter
+            self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent owns them all
 
     @staticmethod
