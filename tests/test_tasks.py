@@ -16,10 +16,9 @@ from tasks import Episode, Turn, by_letter, get_task, history
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def turn_of(task, item, responses, turn=0, world=None):
+def turn_of(task, item, responses, turn=0):
     """A turn as an episode holds it, without what only a language model can add."""
-    return Turn(prompts=None, tokens=None, logps=None, responses=responses,
-                outcome=task.judge(item, responses, turn, world))
+    return Turn(None, None, None, responses, task.judge(item, responses, turn))
 
 
 def strings(items):
