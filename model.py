@@ -588,13 +588,12 @@ class LanguageModel:
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
         self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
         self.siblings = []  # lists of LoRA layers that read the same input
-        self.groups = []  # (adapter, how many rows), in the order of the rows of the batch under way
-        self.alone = None  # a small model's adapter that reads all of them
         self.folded = []  # adapters that are one matrix with the base, while sampling
         weights = list(self.causal_lm.parameters())
         self.small = sum(p.numel() for p in weights) < 2e7 and weights[0].dtype == torch.float32  # W is cheap to copy
         some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
+        self.set_rows([None])  # the base alone, unless it is said whose rows come
         self.backbone = self.causal_lm.base_model
         # models whose attention can be replaced read rows without padding and shared beginnings once
         self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend and not (
@@ -605,7 +604,6 @@ class LanguageModel:
             self.causal_lm.set_attn_implementation("packed")
         self.stays = device.startswith("cuda") or compiled  # memory for the longest answers is there from the beginning
         self.recorded = {}  # steps of write_on that run without Python
-        self.wanted = None  # positions whose hidden states an update reads; None while sampling
         layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
         self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers if compiled]
         self.attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
@@ -656,10 +654,8 @@ class LanguageModel:
         readers = collections.defaultdict(list)
         hooks = [layer.register_forward_pre_hook(lambda layer, inputs: readers[inputs[0]].append(layer))
                  for layer in self.lora_layers()]
-        self.set_rows([None])
-        self.wanted = integers([1], self.device)  # where the last MLP reads less than its layer's attention
+        self.set_rows([None], integers([1], self.device))  # where the last MLP reads less than its layer's attention
         self.causal_lm(input_ids=integers([[self.end] * 2], self.device), use_cache=False)
-        self.wanted = None
         for hook in hooks:
             hook.remove()
         found = list(readers.values())
@@ -698,7 +694,7 @@ class LanguageModel:
                 tokens, sampled = self.generate(names, prompts, luck, 1.0, 1.0, range(4), memory)
                 learned, _ = self.logprobs(names, prompts, tokens)
                 learned.sum().backward()
-                plain, self.wanted = [], None
+                plain = []
                 for name, prompt, answer in zip(names, prompts, tokens):
                     self.set_rows([name])
                     with torch.no_grad():
@@ -738,24 +734,21 @@ class LanguageModel:
             layer.shared[:] = y.view(*x.shape[:-1], -1).split(sizes, -1)
         return layer.shared.pop(0)
 
-    def set_rows(self, names):
-        """Say whose rows come next; it holds until the next call, because checkpointing computes forwards again."""
-        self.set_groups([(name, len(list(group))) for name, group in itertools.groupby(names)])
+    def set_rows(self, names, wanted=None):
+        """Say whose rows, or tokens of the one row, come next: of an adapter, or None for the base alone.
 
-    def equal_groups(self):
-        """How many groups of equally many rows there are; 1 if they differ."""
-        return len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1
-
-    def set_groups(self, groups, packed=False):
-        """The same for groups of rows, (adapter or None for the base alone, how many), or of tokens in one row."""
-        self.groups, self.alone = groups, groups[0][0] if self.small and len(groups) == 1 else None
+        wanted: the positions in all rows together whose hidden states are read, or None for all of them. Both hold
+        until the next call, because checkpointing computes forwards again.
+        """
+        self.groups = groups = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
+        self.alone = groups[0][0] if self.small and len(groups) == 1 else None  # a small model's adapter that reads all
+        self.wanted = wanted
         if self.folded or self.alone is not None:
             return  # small_forward looks up what it needs
         names, select = [name for name, _ in groups if name is not None], None
-        if len(groups) > 1:  # 1 where a row (.., 1, n x rank) reads its own adapter
+        if len(groups) > 1:  # 1 where a row or token (.., n x rank) reads its own adapter
             select = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
-            select = select.to(self.device, self.causal_lm.dtype)
-            select = (select[None] if packed else select[:, None])[:, :, None]
+            select = select.to(self.device, self.causal_lm.dtype)[:, None, None]
 
         def stack(weights, dim):  # in the base's precision, or an fp32 copy of every input would be kept for backward
             return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(self.causal_lm.dtype)
@@ -765,6 +758,10 @@ class LanguageModel:
             for layer in layers:
                 layer.adapters = names and (A, stack([layer.lora_B[name].weight for name in names], 1).t(), select)
                 A = None  # the first layer makes the product for all
+
+    def equal_groups(self):
+        """How many groups of equally many rows there are; 1 if they differ."""
+        return len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1
 
     @torch.no_grad()
     def fold(self, names=()):
@@ -817,7 +814,6 @@ class LanguageModel:
         mask = padded([[1] * len(p) for p in prompts], 0, self.device, left=True).bool()  # (B / G, P), 1 = not padding
         tokens = torch.full(luck.shape, -1, device=self.device)  # -1 = not sampled
         logps = torch.zeros(luck.shape, device=self.device)
-        self.wanted = None
         self.fold(names)
         more = G * (luck.shape[1] if self.stays else min(64, luck.shape[1]))
         logits, position, cache = self.prefill(names, prompts, mask, [rows[k:k + G] for k in range(0, len(rows), G)],
@@ -948,7 +944,7 @@ class LanguageModel:
                     if new := [name for name in same if name not in memory]:
                         own = [kept[b, :, P - len(prompt):P].clone() for kept in cache]  # without the room behind it
                         memory.update(dict.fromkeys(new, (prompt, own)))
-            logits, self.wanted = torch.cat(logits), None
+            logits = torch.cat(logits)
         else:
             self.set_rows(names)
             cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
@@ -961,8 +957,8 @@ class LanguageModel:
     def pack(self, names, sequences, first, known=None):
         """Make these sequences the row under way."""
         Packed.now = row = Packed(names, sequences, first, self.device, known)
-        row.last, self.wanted = self.last_attention, row.wanted.unique()
-        self.set_groups(list(row.groups.items()), packed=True)
+        row.last = self.last_attention
+        self.set_rows(row.groups.elements(), row.wanted.unique())
         return row
 
     def last_mlp(self, x):
@@ -982,12 +978,11 @@ class LanguageModel:
             inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
             wanted = row.wanted  # (N,), where several sequences may want the same token
         else:
-            self.set_rows(names)
             inputs = {"input_ids": padded(sequences, self.pad, self.device)}  # (B, T)
             T = inputs["input_ids"].shape[1]
             wanted = integers([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
                                for t in range(start, len(s))], self.device)
-            self.wanted = wanted
+            self.set_rows(names, wanted)
         states = self.backbone(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)
         return states.flatten(0, 1)[wanted]
 
