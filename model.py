@@ -815,47 +815,54 @@ class LanguageModel:
         tokens = torch.full(luck.shape, -1, device=self.device)  # -1 = not sampled
         logps = torch.zeros(luck.shape, device=self.device)
         self.fold(names)
-        more = G * (luck.shape[1] if self.stays else min(64, luck.shape[1]))
-        logits, position, cache = self.prefill(names, prompts, mask, [rows[k:k + G] for k in range(0, len(rows), G)],
-                                               memory, room(mask.shape[1] + more))  # (B / G, V), (B / G, 1)
-        self.set_rows(names)
-        logits = logits[:, None].expand(-1, G, -1)
-        ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
-        tokens[:, 0], logps[:, 0] = ids.flatten(), logp.flatten()
-        write = self.write_on if self.packs else self.write_plainly
-        write(cache, mask, ids, position.repeat(1, G), luck, tokens, logps, temperature, top_p)
+        if self.packs:
+            more = G * (luck.shape[1] if self.stays else min(64, luck.shape[1]))
+            logits, kept = self.prefill(names, prompts, mask, [rows[k:k + G] for k in range(0, len(rows), G)], memory,
+                                        room(mask.shape[1] + more))  # (B / G, V)
+            logits = logits[:, None].expand(-1, G, -1)
+            ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
+            tokens[:, 0], logps[:, 0] = ids.flatten(), logp.flatten()
+            self.write_on(names, kept, mask, ids, luck, tokens, logps, temperature, top_p)
+        else:
+            self.write_plainly(names, prompts, mask, luck, tokens, logps, temperature, top_p)
         self.fold()
         lengths = (tokens >= 0).sum(1).tolist()
         return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
                 [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
 
-    def write_plainly(self, cache, mask, ids, position, luck, tokens, logps, temperature, top_p):
-        """What generate does from the second token on, for models that cannot do what write_on asks for (G = 1)."""
-        alive = ids != self.end
-        for t in range(1, luck.shape[1]):
-            if not alive.any():
-                break
-            position, mask = position + 1, F.pad(mask, (0, 1), value=True)
+    def write_plainly(self, names, prompts, mask, luck, tokens, logps, temperature, top_p):
+        """What generate does with models that cannot do what write_on asks for: the library's masks and cache."""
+        self.set_rows(names)
+        cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
+        ids = padded(prompts, self.pad, self.device, left=True)  # (B, P), then (B, 1)
+        position = (mask.long().cumsum(1) - 1).clamp(min=0)
+        alive = torch.ones_like(ids[:, :1], dtype=torch.bool)
+        for t in range(luck.shape[1]):
             logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                     logits_to_keep=1).logits
-            ids, logp = sample(logits, luck[:, t:t + 1], temperature, top_p)
+            ids, logp = sample(logits[:, -1:], luck[:, t:t + 1], temperature, top_p)
             tokens[:, t:t + 1], logps[:, t:t + 1] = torch.where(alive, ids, -1), torch.where(alive, logp, 0.0)
             alive &= ids != self.end
+            if not alive.any():
+                break
+            position, mask = position[:, -1:] + 1, F.pad(mask, (0, 1), value=True)
 
-    def write_on(self, kept, mask, ids, position, luck, tokens, logps, temperature, top_p):
+    def write_on(self, names, kept, mask, ids, luck, tokens, logps, temperature, top_p):
         """What generate does from the second token on, in memory that stays, so that it can be repeated as it is.
 
         Launching hundreds of small operations per token takes Python longer than they take. On a GPU a CUDA graph
         launches them at once; finished rows go on to the end, because the weights are read once for all rows. On a CPU
         those of a small model are recorded once for all calls, and finished rows are dropped.
-        mask: (R, P); ids, position: (R, G); luck, tokens, logps: (R x G, longest answer).
+        kept: see prefill; mask: (R, P); ids: (R, G); luck, tokens, logps: (R x G, longest answer).
         """
+        self.set_rows(names)
         (R, G), P, T, device = ids.shape, mask.shape[1], luck.shape[1], ids.device
         L = room(P + G * T)
         columns, at = torch.arange(L, device=device), torch.arange(P, P + G, device=device)
         own = torch.arange(L - P, device=device) % G == torch.arange(G, device=device)[:, None]
         allowed = torch.cat([mask[:, None].expand(-1, G, -1), own.expand(R, -1, -1)], 2)  # (R, G, L): prompt and own
         answer = torch.arange(R * G, device=device).view(R, G)  # which ones these rows are
+        position = (mask.sum(1, keepdim=True) - 1).repeat(1, G)
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end
         weights = [layers[0].joined[0] for layers in self.siblings if self.folded]
 
@@ -893,8 +900,8 @@ class LanguageModel:
                     keep = unfinished(busy, groups)
                     answer, ids, position, alive, allowed, *kept = (
                         x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
-                    names = [name for name, rows in self.groups for _ in range(rows)]
-                    self.set_rows([names[row] for row in keep.tolist()])
+                    names = [names[row] for row in keep.tolist()]
+                    self.set_rows(names)
                     repeat, groups = step, self.equal_groups()
             K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
             if now < K:
@@ -917,42 +924,32 @@ class LanguageModel:
             layer.forward = forward
 
     def prefill(self, names, prompts, mask, rows, memory, columns):
-        """Read B prompts, padded as in mask (B, P): logits (B, V), positions (B, 1) of their ends, and the cache.
+        """Read B prompts, padded as in mask (B, P): logits (B, V) of their ends, and their keys and values.
 
-        That is the library's, or, for write_on, keys and values of each layer in turn, (B, KV heads, columns, D), with
+        Those are one tensor (B, KV heads, columns, D) for the keys of each layer in turn and one for its values, with
         room behind the prompts. rows: for each prompt the names under which memory keeps what was read.
         """
-        B, P = mask.shape
-        if self.packs:
-            logits, cache = [], []  # of 16 prompts at a time, whose activations fit into a CPU's caches
-            for k in range(0, B, 16):
-                some, part = prompts[k:k + 16], DynamicCache()
-                known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
-                past = [torch.cat(x, 1)[None] for x in zip(*(kept for _, kept in known if kept))]
-                for layer, pair in enumerate(zip(past[::2], past[1::2])):
-                    part.update(*pair, layer)
-                row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
-                logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
-                                             past_key_values=part, logits_to_keep=row.wanted).logits[0])
-                where = padded(row.paths, 0, self.device, left=True)  # (rows, longest)
-                read = [x[0] for layer in part.layers for x in (layer.keys, layer.values)]  # (KV heads, tokens, D)
-                cache = cache or [x.new_zeros(B, x.shape[0], columns, x.shape[2]) for x in read]
-                for x, kept in zip(read, cache):
-                    x = x.index_select(1, where.flatten()).unflatten(1, where.shape).transpose(0, 1)
-                    kept[k:k + 16, :, P - where.shape[1]:P] = x
-                for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some), k):
-                    if new := [name for name in same if name not in memory]:
-                        own = [kept[b, :, P - len(prompt):P].clone() for kept in cache]  # without the room behind it
-                        memory.update(dict.fromkeys(new, (prompt, own)))
-            logits = torch.cat(logits)
-        else:
-            self.set_rows(names)
-            cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
-            ids = padded(prompts, self.pad, self.device, left=True)
-            position = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
-            logits = self.causal_lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                                    logits_to_keep=1).logits[:, -1]
-        return logits, mask.sum(1, keepdim=True) - 1, cache
+        (B, P), logits, cache = mask.shape, [], []
+        for k in range(0, B, 16):  # 16 prompts at a time, whose activations fit into a CPU's caches
+            some, part = prompts[k:k + 16], DynamicCache()
+            known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
+            past = [torch.cat(x, 1)[None] for x in zip(*(kept for _, kept in known if kept))]
+            for layer, pair in enumerate(zip(past[::2], past[1::2])):
+                part.update(*pair, layer)
+            row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
+            logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
+                                         past_key_values=part, logits_to_keep=row.wanted).logits[0])
+            where = padded(row.paths, 0, self.device, left=True)  # (rows, longest)
+            read = [x[0] for layer in part.layers for x in (layer.keys, layer.values)]  # (KV heads, tokens, D)
+            cache = cache or [x.new_zeros(B, x.shape[0], columns, x.shape[2]) for x in read]
+            for x, kept in zip(read, cache):
+                x = x.index_select(1, where.flatten()).unflatten(1, where.shape).transpose(0, 1)
+                kept[k:k + 16, :, P - where.shape[1]:P] = x
+            for b, (same, prompt) in enumerate(zip(rows[k:k + 16], some), k):
+                if new := [name for name in same if name not in memory]:
+                    own = [kept[b, :, P - len(prompt):P].clone() for kept in cache]  # without the room behind it
+                    memory.update(dict.fromkeys(new, (prompt, own)))
+        return torch.cat(logits), cache
 
     def pack(self, names, sequences, first, known=None):
         """Make these sequences the row under way."""
