@@ -354,11 +354,11 @@ class Packed:
     now = None  # the row under way, until the next one: checkpointing computes its forward again
 
     def __init__(self, names, sequences, first, device, known=None):
-        ids, position, blocks, number = [], [], [], {name: k for k, name in enumerate(names)}
+        ids, position, blocks = [], [], []  # blocks: (queries, keys)
         self.groups, self.paths, path, last = collections.Counter(), [None] * len(names), [], (None, [])
         known = known or [[]] * len(names)
         *starts, past = itertools.accumulate(map(len, known), initial=0)  # past: tokens in the cache
-        for row in sorted(range(len(names)), key=lambda row: (number[names[row]], sequences[row])):
+        for row in sorted(range(len(names)), key=lambda row: (names.index(names[row]), sequences[row])):
             name, sequence = names[row], list(sequences[row])
             shared = len(os.path.commonprefix([sequence, last[1]])) if name == last[0] else 0
             kept = len(os.path.commonprefix([sequence[:-1], list(known[row])]))
@@ -371,27 +371,28 @@ class Packed:
             ids += sequence[shared:]
             position += range(shared, len(sequence))
             for start in range(shared, len(sequence), self.BLOCK):
-                end = min(start + self.BLOCK, len(sequence))
-                blocks.append(([token - past for token in path[start:end]], list(range(start, end)), path[:end]))
+                keys = path[:start + self.BLOCK]
+                blocks.append(([token - past for token in keys[start:]], keys))
         self.ids, self.position = (integers([numbers], device) for numbers in (ids, position))  # (1, N)
         wanted = [token - past for path, start in zip(self.paths, first) for token in path[start:]]
-        self.wanted, read, N = integers(wanted, device), set(wanted), len(ids)
-        self.plans = [self.plan(blocks, N), self.plan(  # of the last layer
-            [(*zip(*kept), keys) for queries, at, keys in blocks
-             if (kept := [pair for pair in zip(queries, at) if pair[0] in read])], N)]
+        self.wanted, read = integers(wanted, device), set(wanted)
+        self.plans = [self.plan(blocks), self.plan(  # of the last layer
+            [([token for token in queries if token in read], keys) for queries, keys in blocks])]
 
-    def plan(self, blocks, N):
+    def plan(self, blocks):
         """Calls of the attention kernel, and where in their outputs that of each of N tokens is (0 if it has none)."""
-        alike, calls, done = collections.defaultdict(list), [], 0
-        place = torch.zeros(N + 1, dtype=torch.long, device=self.ids.device)  # and one for what fills up a call
-        for block in blocks:
-            alike[-(-len(block[2]) // self.BLOCK)].append(block)
+        alike, calls, done, N = collections.defaultdict(list), [], 0, self.ids.shape[1]
+        position = F.pad(self.position[0], (0, 1))  # (N + 1,), and one for what fills up a call
+        place = torch.zeros_like(position)
+        for queries, keys in blocks:
+            if queries:
+                alike[-(-len(keys) // self.BLOCK)].append((queries, keys))
         for call in alike.values():
-            queries, at, keys = (padded(numbers, filler, self.ids.device)
-                                 for numbers, filler in zip(zip(*call), (N, 0, 0)))  # (n, L), (n, L), (n, K)
+            queries = padded([queries for queries, _ in call], N, self.ids.device)  # (n, L)
+            keys = padded([keys for _, keys in call], 0, self.ids.device)  # (n, K)
             place[queries] = torch.arange(done, done + queries.numel(), device=self.ids.device).view_as(queries)
             done += queries.numel()
-            calls.append((queries.clamp(max=N - 1), at, keys, {}))  # queries, their positions, keys; masks
+            calls.append((queries.clamp(max=N - 1), position[queries], keys, {}))  # {}: a mask for each window
         return calls, place[:N]
 
     @staticmethod
