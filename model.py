@@ -544,13 +544,6 @@ def lora_forward(layer, x):
     return y.view(*x.shape[:-1], -1)
 
 
-def checkpointed(forward, *inputs, **options):
-    """forward(...), whose activations are computed again in the backward pass instead of being kept."""
-    if torch.is_grad_enabled():
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
-    return forward(*inputs, **options)
-
-
 class LanguageModel:
     """A frozen causal LM and its tokenizer, with any number of LoRA adapters.
 
@@ -623,7 +616,8 @@ class LanguageModel:
             if not found:
                 raise ValueError(f"{folder} is of a kind that has no gradient checkpointing.")
             for module in found:  # not the library's own way, which works in training mode only and with dropout
-                module.forward = functools.partial(checkpointed, module.forward)
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
+                                                   preserve_rng_state=False)
 
     def add_adapter(self, name, folder=None):
         """Add a fresh LoRA adapter, or, as a model's first, the one saved in folder; returns its parameters (fp32).
