@@ -14,7 +14,6 @@ L columns of memory, K keys, D a head's width.
 """
 import argparse
 import atexit
-import base64
 import collections
 import contextlib
 import functools
@@ -93,11 +92,9 @@ def train_bpe(texts, pattern):
 
 def bpe_tokenizer(ranks, pattern, special, **options):
     """The tokenizer that transformers loads for what train_bpe returned, with special tokens behind it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
-        file.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        file.flush()
-        fast = TikTokenConverter(vocab_file=file.name, pattern=pattern, extra_special_tokens=special).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, **options)
+    converter = TikTokenConverter(vocab_file=ranks, pattern=pattern, extra_special_tokens=special)
+    converter.load_tiktoken_bpe = lambda ranks: ranks  # there is no file to read
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), **options)
 
 
 def tiny_tokenizer(task, rng):
