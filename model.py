@@ -28,7 +28,6 @@ import random
 import resource
 import sys
 import tempfile
-import types
 import warnings
 import zlib
 
@@ -585,7 +584,6 @@ class LanguageModel:
         some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
         self.set_rows([None])  # the base alone, unless it is said whose rows come
-        self.backbone = self.causal_lm.base_model
         # models whose attention can be replaced read rows without padding and shared beginnings once
         self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend and not (
             self.recurrent or any(getattr(config, name, None) for name in (
@@ -636,7 +634,7 @@ class LanguageModel:
         self.small &= all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers())  # not GPT-2's
         for layer in self.lora_layers():
             layer.scale, layer.adapters = layer.scaling[name], None  # the scale is the same for all
-            layer.forward = types.MethodType(self.small_forward if self.small else lora_forward, layer)
+            layer.forward = functools.partial(self.small_forward if self.small else lora_forward, layer)
         self.siblings = self.siblings or self.find_siblings()
         return parameters
 
@@ -972,7 +970,7 @@ class LanguageModel:
             wanted = integers([b * T + t for b, (s, start) in enumerate(zip(sequences, first))
                                for t in range(start, len(s))], self.device)
             self.set_rows(names, wanted)
-        states = self.backbone(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)
+        states = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state  # (1 or B, T, C)
         return states.flatten(0, 1)[wanted]
 
     def logprobs(self, names, prompts, tokens, temperature=1.0):
