@@ -1040,7 +1040,6 @@ def agent_process(connection, folder, adapter, agent, device, seed, limit, tempe
         lm.add_adapter("agent", adapter)
     except ValueError as error:
         return connection.send(error)
-    connection.send("ready")
     generator = torch.Generator().manual_seed((seed * 1000 + agent) % 2 ** 63)
     while (messages := connection.recv()) is not None:
         tokens, _ = lm.generate(["agent"], [lm.render(messages, limit)], torch.rand(1, limit, generator=generator),
@@ -1108,8 +1107,6 @@ def main():
             parser.exit(2, f"error: {said}\n")
         return said
 
-    for agent in range(task.num_agents):
-        heard(agent)  # it is ready
     episode = Episode(item)
     for t in range(task.num_turns):
         for agent, pipe in enumerate(pipes):
