@@ -715,8 +715,8 @@ class LanguageModel:
         if layer.joined:  # the first of those that read x, which makes the products of all
             W, bias, sizes = layer.joined
             rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
-            if counts == counts[:1] * len(self.folded):
-                y = torch.baddbmm(bias, rows.view(len(counts), -1, rows.shape[-1]), W.mT)
+            if self.even == len(self.folded):
+                y = torch.baddbmm(bias, rows.view(self.even, -1, rows.shape[-1]), W.mT)
             else:
                 parts = rows.split([n * len(rows) // sum(counts) for n in counts])
                 y = torch.cat([F.linear(part, W[self.folded.index(name)], bias)
@@ -732,6 +732,7 @@ class LanguageModel:
         """
         self.groups = groups = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
         self.alone = groups[0][0] if self.small and len(groups) == 1 else None  # a small model's adapter that reads all
+        self.even = len(groups) if len({rows for _, rows in groups}) == 1 else 1  # how many groups of equally many rows
         self.wanted = wanted
         if self.folded or self.alone is not None:
             return  # small_forward looks up what it needs
@@ -748,10 +749,6 @@ class LanguageModel:
             for layer in layers:
                 layer.adapters = names and (A, stack([layer.lora_B[name].weight for name in names], 1).t(), select)
                 A = None  # the first layer makes the product for all
-
-    def equal_groups(self):
-        """How many groups of equally many rows there are; 1 if they differ."""
-        return len(self.groups) if len({rows for _, rows in self.groups}) == 1 else 1
 
     @torch.no_grad()
     def fold(self, names=()):
@@ -852,20 +849,19 @@ class LanguageModel:
         own = torch.arange(L - P, device=device) % G == torch.arange(G, device=device)[:, None]
         allowed = torch.cat([mask[:, None].expand(-1, G, -1), own.expand(R, -1, -1)], 2)  # (R, G, L): prompt and own
         answer = torch.arange(R * G, device=device).view(R, G)  # which ones these rows are
-        position = (mask.sum(1, keepdim=True) - 1).repeat(1, G)
+        last = (mask.sum(1, keepdim=True) - 1).expand(-1, G)  # positions of the prompts' last tokens
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end
         weights = [layers[0].joined[0] for layers in self.siblings if self.folded]
 
-        def step(columns, t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *memory):
+        def step(columns, t, at, luck, tokens, logps, answer, ids, last, alive, allowed, *memory):
             for module in self.attentions:
                 module.kept = *memory[2 * module.layer_idx:][:2], at
             for layers, W in zip(self.siblings, memory[len(kept):]):
                 layers[0].joined = W, *layers[0].joined[1:]
-            position.add_(1)
             open_to = allowed[:, :, :columns.shape[0]] & (columns <= at[-1])
             # in numbers, or every layer would make them again
             attend = torch.zeros_like(open_to, dtype=self.causal_lm.dtype).masked_fill_(~open_to, -math.inf)
-            logits = self.causal_lm(input_ids=ids, attention_mask=attend[:, None], position_ids=position,
+            logits = self.causal_lm(input_ids=ids, attention_mask=attend[:, None], position_ids=last + t,
                                     use_cache=False, logits_to_keep=G).logits
             token, logp = sample(logits, luck[answer, t], temperature, top_p)
             # tokens[...] = would record the sizes of a single row
@@ -880,25 +876,25 @@ class LanguageModel:
         usual = [layer.forward for layer, _ in self.compiled]
         for layer, forward in self.compiled:
             layer.forward = forward
-        repeat, groups = step, self.equal_groups()
+        repeat = step
         for k in range(1, T):
             if not self.stays or k % 16 == 1:  # looking makes a GPU wait
                 busy = alive.any(1)
                 if not busy.any():
                     break
                 if not self.stays and busy.float().mean() < 0.7:  # copying for each single row costs more
-                    keep = unfinished(busy, groups)
-                    answer, ids, position, alive, allowed, *kept = (
-                        x.index_select(0, keep) for x in (answer, ids, position, alive, allowed, *kept))
+                    keep = unfinished(busy, self.even)
+                    answer, ids, last, alive, allowed, *kept = (
+                        x.index_select(0, keep) for x in (answer, ids, last, alive, allowed, *kept))
                     names = [names[row] for row in keep.tolist()]
                     self.set_rows(names)
-                    repeat, groups = step, self.equal_groups()
+                    repeat = step
             K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
             if now < K:
                 kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]
-            state = (columns[:K], t, at, luck, tokens, logps, answer, ids, position, alive, allowed, *kept, *weights)
-            if groups == len(self.folded) and not self.stays:
-                kind = G, groups, temperature, top_p  # all that Python decides in a step
+            state = (columns[:K], t, at, luck, tokens, logps, answer, ids, last, alive, allowed, *kept, *weights)
+            if self.even == len(self.folded) and not self.stays:
+                kind = G, self.even, temperature, top_p  # all that Python decides in a step
                 if kind not in self.recorded:
                     self.recorded[kind] = record(step, state)
                 repeat = self.recorded[kind]
