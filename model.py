@@ -17,7 +17,6 @@ import atexit
 import collections
 import contextlib
 import functools
-import glob
 import inspect
 import itertools
 import json
@@ -102,9 +101,8 @@ def tiny_tokenizer(task, rng):
     ranks = train_bpe(texts, task.pattern)
     encoding = tiktoken.Encoding("tiny", pat_str=task.pattern, mergeable_ranks=ranks,
                                  special_tokens={token: len(ranks) + i for i, token in enumerate(SPECIAL)})
-    return encoding, bpe_tokenizer(ranks, task.pattern, encoding._special_tokens, pad_token="<|pad|>",
-                                   eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"],
-                                   chat_template=TEMPLATE)
+    return encoding, bpe_tokenizer(ranks, task.pattern, SPECIAL, pad_token="<|pad|>", eos_token="<|end|>",
+                                   additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
 
 
 def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
@@ -191,10 +189,7 @@ def load_tokenizer(name):
 
 
 def check_model(names, num_agents):
-    """Raise ValueError with one sentence when names is no model to load, or A,B with not one for each agent.
-
-    Nothing is loaded yet.
-    """
+    """Before weights are loaded: ValueError with one sentence when names is no model, or A,B with not one per agent."""
     if names.count(",") not in (0, num_agents - 1):
         raise ValueError(f"--model {names} names {names.count(',') + 1} models for {num_agents} agents.")
     for name in dict.fromkeys(names.split(",")):
@@ -204,7 +199,7 @@ def check_model(names, num_agents):
             raise ValueError(f"--model {names} names no model between its commas.")
         if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is not a model folder: it has no config.json.")
-        if os.path.exists(name) and not any(glob.glob(os.path.join(name, end)) for end in ("*.safetensors", "*.bin")):
+        if os.path.exists(name) and not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name)):
             raise ValueError(f"{name} is not a model folder: it has no weights.")
         try:
             AutoConfig.from_pretrained(name)
@@ -220,8 +215,8 @@ def model_folders(names, task):
             not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
         build_tiny(task, folder)
     gather([])  # the other ranks wait for it
-    folders = [folder if name == "tiny" else name for name in names.split(",")]
-    return folders if len(folders) == task.num_agents else folders * task.num_agents
+    folders = [folder if name == "tiny" else name for name in names.split(",")]  # one for all, or one of each
+    return (folders * task.num_agents)[:task.num_agents]
 
 
 def load_models(names, task, max_new_tokens, *options):
@@ -568,8 +563,8 @@ class LanguageModel:
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
-        self.context = next((getattr(config, name) for name in ("max_position_embeddings", "max_seq_len")  # MPT's
-                             if getattr(config, name, None)), 10 ** 9)
+        context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
+        self.context = context or 10 ** 9
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # one longer row would turn all other rows' positions, kept keys aside
             self.context = min(self.context, rope.get("original_max_position_embeddings", self.context))
@@ -814,8 +809,7 @@ class LanguageModel:
             self.write_plainly(names, prompts, mask, luck, tokens, logps, temperature, top_p)
         self.fold()
         lengths = (tokens >= 0).sum(1).tolist()
-        return ([answer[:n] for answer, n in zip(tokens.tolist(), lengths)],
-                [answer[:n] for answer, n in zip(logps.tolist(), lengths)])
+        return tuple([row[:n] for row, n in zip(rows.tolist(), lengths)] for rows in (tokens, logps))
 
     def write_plainly(self, names, prompts, mask, luck, tokens, logps, temperature, top_p):
         """What generate does with models that cannot do what write_on asks for: the library's masks and cache."""
