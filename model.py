@@ -343,6 +343,7 @@ class Packed:
     """
     BLOCK = 128  # queries at most; blocks with equally many blocks before them are one call of the attention kernel
     now = None  # the row under way, until the next one: checkpointing computes its forward again
+    SIGN = torch.zeros(1, 1, 1, 1)  # as a mask it says: attend as the row under way
 
     def __init__(self, names, sequences, first, device, known=None):
         ids, position, blocks = [], [], []  # blocks: (queries, keys)
@@ -433,7 +434,6 @@ def one_more(module, query, key, value, attention_mask, sliding_window, scale):
     return out.reshape(R, heads, G, D).transpose(1, 2).contiguous(), None
 
 
-Packed.SIGN = torch.zeros(1, 1, 1, 1)  # as a mask it says: attend as the row under way
 AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
@@ -883,9 +883,9 @@ class LanguageModel:
                     names = [names[row] for row in keep.tolist()]
                     self.set_rows(names)
                     repeat = step
-            K, now = L if self.stays else room(P + G * k), kept[0].shape[2]
-            if now < K:
-                kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - now)) for x in kept]
+            K = L if self.stays else room(P + G * k)
+            if kept[0].shape[2] < K:
+                kept = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - x.shape[2])) for x in kept]
             state = (columns[:K], t, at, luck, tokens, logps, answer, ids, last, alive, allowed, *kept, *weights)
             if self.even == len(self.folded) and not self.stays:
                 kind = G, self.even, temperature, top_p  # all that Python decides in a step
@@ -916,9 +916,8 @@ class LanguageModel:
             past = [torch.cat(x, 1)[None] for x in zip(*(kept for _, kept in known if kept))]
             for layer, pair in enumerate(zip(past[::2], past[1::2])):
                 part.update(*pair, layer)
-            row = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
-            logits.append(self.causal_lm(input_ids=row.ids, attention_mask=Packed.SIGN, position_ids=row.position,
-                                         past_key_values=part, logits_to_keep=row.wanted).logits[0])
+            row, inputs = self.pack(names[k:k + 16], some, [len(p) - 1 for p in some], [prompt for prompt, _ in known])
+            logits.append(self.causal_lm(**inputs, past_key_values=part, logits_to_keep=row.wanted).logits[0])
             where = padded(row.paths, 0, self.device, left=True)  # (rows, longest)
             read = [x[0] for layer in part.layers for x in (layer.keys, layer.values)]  # (KV heads, tokens, D)
             cache = cache or [x.new_zeros(B, x.shape[0], columns, x.shape[2]) for x in read]
@@ -932,11 +931,11 @@ class LanguageModel:
         return torch.cat(logits), cache
 
     def pack(self, names, sequences, first, known=None):
-        """Make these sequences the row under way."""
+        """Make these sequences the row under way: that row, and how a model is told to read it."""
         Packed.now = row = Packed(names, sequences, first, self.device, known)
         row.last = self.last_attention
         self.set_rows(row.groups.elements(), row.wanted.unique())
-        return row
+        return row, {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
 
     def last_mlp(self, x):
         """The last layer's MLP where its output is read, and 0 elsewhere: nothing comes after it but that."""
@@ -951,8 +950,7 @@ class LanguageModel:
         Where beginnings cannot be shared, rows are padded on the right, where causal attention needs no mask.
         """
         if self.packs and self.device == "cpu":  # flash attention of padded rows is faster on a GPU
-            row = self.pack(names, sequences, first)
-            inputs = {"input_ids": row.ids, "position_ids": row.position, "attention_mask": Packed.SIGN}
+            row, inputs = self.pack(names, sequences, first)
             wanted = row.wanted  # (N,), where several sequences may want the same token
         else:
             inputs = {"input_ids": padded(sequences, self.pad, self.device)}  # (B, T)
