@@ -799,7 +799,7 @@ class LanguageModel:
         self.fold(names)
         if self.packs:
             more = G * (luck.shape[1] if self.stays else min(64, luck.shape[1]))
-            logits, kept = self.prefill(names, prompts, mask, [rows[k:k + G] for k in range(0, len(rows), G)], memory,
+            logits, kept = self.prefill(names, prompts, [rows[k:k + G] for k in range(0, len(rows), G)], memory,
                                         room(mask.shape[1] + more))  # (B / G, V)
             logits = logits[:, None].expand(-1, G, -1)
             ids, logp = sample(logits, luck[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
@@ -903,13 +903,13 @@ class LanguageModel:
         for (layer, _), forward in zip(self.compiled, usual):
             layer.forward = forward
 
-    def prefill(self, names, prompts, mask, rows, memory, columns):
-        """Read B prompts, padded as in mask (B, P): logits (B, V) of their ends, and their keys and values.
+    def prefill(self, names, prompts, rows, memory, columns):
+        """Read B prompts, P tokens at most: logits (B, V) of their ends, and their keys and values.
 
         Those are one tensor (B, KV heads, columns, D) for the keys of each layer in turn and one for its values, with
-        room behind the prompts. rows: for each prompt the names under which memory keeps what was read.
+        the prompts' ends at column P and room behind. rows: for each prompt the names under which memory keeps it.
         """
-        (B, P), logits, cache = mask.shape, [], []
+        B, P, logits, cache = len(prompts), max(map(len, prompts)), [], []
         for k in range(0, B, 16):  # 16 prompts at a time, whose activations fit into a CPU's caches
             some, part = prompts[k:k + 16], DynamicCache()
             known = [memory.get(same[0], ([], [])) for same in rows[k:k + 16]]
