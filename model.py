@@ -208,12 +208,17 @@ def check_model(names, num_agents):
             raise ValueError(f"{name} is no folder and no model id that can be loaded: {first_line(error)}") from None
 
 
-def model_folders(names, task):
-    """Per agent the folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE."""
+def model_folders(names, task, build=True):
+    """Per agent the folder or id to load; "tiny" is built on first use and cached as out/tiny-BASE.
+
+    Without build, ValueError with one sentence if it is not there.
+    """
     folder = os.path.join("out", f"tiny-{task.base}")
-    if "tiny" in names.split(",") and not os.path.isdir(folder) and (
-            not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
-        build_tiny(task, folder)
+    if "tiny" in names.split(",") and not os.path.isdir(folder):
+        if not build:
+            raise ValueError(f"{folder} is not here; play where the team was trained.")
+        if not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0":
+            build_tiny(task, folder)
     gather([])  # the other ranks wait for it
     folders = [folder if name == "tiny" else name for name in names.split(",")]  # one for all, or one of each
     return (folders * task.num_agents)[:task.num_agents]
@@ -1067,9 +1072,11 @@ def main():
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
+        if args.string is not None and config["task"] != "strbuild":
+            raise ValueError(f"--string is for strbuild; this team plays {config['task']}.")
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
         parts = [(folder, os.path.join(args.out_dir, f"agent_{agent}"))
-                 for agent, folder in enumerate(model_folders(config["model"], task))]
+                 for agent, folder in enumerate(model_folders(config["model"], task, build=False))]
         if args.merge is not None:
             if os.path.exists(args.merge):
                 raise ValueError(f"{args.merge} is there already; choose another folder.")

@@ -267,6 +267,8 @@ def write_text(path, text):
 # may differ between a run and its continuation; another number of steps is another schedule of the learning rate
 FREE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir", "device",
         "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
+TEAM = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # what trained agents cannot do without
+GAME = {"num_turns", "feedback", "reward", "data", "max_new_tokens", "temperature", "top_p", "gamma", "batch_size"}
 
 
 def cut_log(out_dir, step, again):
@@ -326,12 +328,13 @@ def check_run_folder(args):
                 os.path.join(args.out_dir, "train_state.pt")):
             raise ValueError(f"{args.out_dir} has agents but no train_state.pt, from which they could be trained or "
                              "evaluated.")
-        ignored = FREE if args.resume else set(vars(args)) - {
-            "algorithm", "task", "world", "model", "num_agents", "lora_rank"}
-        differ = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
-                  if key not in ignored and saved.get(key, value) != value]  # it may be older than a setting
-        if differ:
-            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(differ)}.")
+        differ = {key: f"{key} {saved[key]!r} -> {value!r}" for key, value in vars(args).items()
+                  if key not in FREE and saved.get(key, value) != value}  # it may be older than a setting
+        refused = [text for key, text in differ.items() if args.resume or key in TEAM]
+        if refused:
+            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(refused)}.")
+        if changed := [text for key, text in differ.items() if key in GAME]:
+            print(f"The team was trained with other settings: {', '.join(changed)}.")
 
 
 def open_run_folder(args):
@@ -382,7 +385,8 @@ class Task:
 
     def settings(self):
         """The train scripts' defaults that depend on the task."""
-        return {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
+        own = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
+        return own | {"feedback": self.feedback_mode}
 
     def builtin(self):
         rng = random.Random(0)

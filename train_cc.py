@@ -83,7 +83,7 @@ group.add_argument("--eval_every", type=int, default=0, help="steps between eval
 group.add_argument("--save_every", type=int, default=5, help="steps between saves (default 5)")
 group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
 group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
-group.add_argument("--eval_only", action="store_true", help="evaluate the run in out_dir, or the raw model if none")
+group.add_argument("--eval_only", action="store_true", help="evaluate the agents in out_dir, or the raw model if none")
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
 args.algorithm = ALGORITHM

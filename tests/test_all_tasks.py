@@ -252,6 +252,8 @@ def test_every_script_plays_every_task(workplace, name, script, num_agents):
     if script == "train_cc.py":  # and the team plays without the critic, one process per agent
         played = workplace.run("model.py", out)
         assert played.code == 0 and "agent 1 answers" in played.out and "score" in played.out, played.err
+        refused = workplace.run("model.py", out, "--string", "CLIM")
+        assert refused.code == 2 and refused.err == f"error: --string is for strbuild; this team plays {name}.\n"
 
 
 def test_the_task_that_the_readme_adds(workplace):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
-from model import LanguageModel
+from model import LanguageModel, model_folders
+from tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -464,6 +465,7 @@ def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, fou
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
     last = log_of(four_steps)[-1]
     assert f"eval step 4 | score {last['eval/score']:.1f} | reward {last['eval/reward']:.3f}" in run.out
+    assert "other settings" not in run.out
     raw = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "nothing", "--eval_only")
     first = log_of(four_steps)[0]
     assert f"eval step 0 | score {first['eval/score']:.1f} | reward {first['eval/reward']:.3f}" in raw.out
@@ -482,7 +484,7 @@ def test_eval_only_with_fewer_turns(workplace, data, four_steps):
     """A question that one may ask of a trained team: how good is its first answer?"""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
     assert run.code == 0, run.err[-2000:]
-    assert "turns 1.00" in run.out
+    assert "turns 1.00" in run.out and "trained with other settings: num_turns 2 -> 1." in run.out
 
 
 @pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_cc.py", "--critic_lr"), ("train_mc.py", "--lr")])
@@ -611,6 +613,12 @@ def test_play_with_nothing_to_play(workplace, four_steps):
                             ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99")]:
         run = workplace.run("model.py", *arguments)
         assert run.code == 2 and run.err.count("\n") == 1 and said in run.err, run.err
+
+
+def test_play_builds_no_base(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out/tiny-strbuild is not here"):
+        model_folders("tiny", get_task("strbuild"), build=False)
 
 
 def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
