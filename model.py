@@ -152,12 +152,21 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=os.path.dirname(folder) or ".") as build:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".tiny-", dir=os.path.dirname(folder) or ".") as build:
         model.save_pretrained(os.path.join(build, "model"))
         tokenizer.save_pretrained(os.path.join(build, "model"))
         if not os.path.isdir(folder):  # two runs may have built it at once; the first one counts
             os.rename(os.path.join(build, "model"), folder)
     return folder
+
+
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong in this block is an OSError with one sentence; for a full disk safetensors has its own kind."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def load_tokenizer(name):
@@ -269,6 +278,8 @@ def join_ranks(device):
     gradients of its share of a minibatch. So N ranks with N x B episodes do what one rank would do with them.
     Raises ValueError with one sentence for a device that is not there.
     """
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know less than Unicode
     if device != "cpu" and not (regex.fullmatch(r"cuda(:\d+)?", device) and
                                 int(device[5:] or 0) < torch.cuda.device_count()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {device}.")
@@ -996,11 +1007,8 @@ class LanguageModel:
 
     def save_adapter(self, name, out_dir):
         """Write out_dir/name/ as PEFT does, and which base it is for; each file appears whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".saving-") as build:
-            try:
-                self.peft.save_pretrained(build, selected_adapters=[name])
-            except Exception as error:  # safetensors has a kind of its own for a full disk
-                raise OSError(f"{out_dir}/{name} cannot be written: {first_line(error)}") from None
+        with writing(f"{out_dir}/{name}"), tempfile.TemporaryDirectory(dir=out_dir, prefix=".saving-") as build:
+            self.peft.save_pretrained(build, selected_adapters=[name])
             write_text(os.path.join(build, name, "base.json"),
                        json.dumps({"model": self.folder, "fingerprint": self.fingerprint}))
             os.makedirs(os.path.join(out_dir, name), exist_ok=True)
@@ -1031,13 +1039,14 @@ def agent_process(connection, folder, adapter, agent, device, seed, limit, tempe
     try:
         lm = LanguageModel(folder, device)
         lm.add_adapter("agent", adapter)
-    except ValueError as error:
-        return connection.send(error)
+    except Exception as error:  # an adapter may be broken in any way
+        return connection.send(ValueError(f"{adapter} cannot work: {first_line(error)}"))
     generator = torch.Generator().manual_seed((seed * 1000 + agent) % 2 ** 63)
-    while (messages := connection.recv()) is not None:
-        tokens, _ = lm.generate(["agent"], [lm.render(messages, limit)], torch.rand(1, limit, generator=generator),
-                                temperature, top_p)
-        connection.send(lm.decode(tokens)[0])
+    with contextlib.suppress(EOFError):  # where another agent cannot work nobody says goodbye
+        while (messages := connection.recv()) is not None:
+            tokens, _ = lm.generate(["agent"], [lm.render(messages, limit)], torch.rand(1, limit, generator=generator),
+                                    temperature, top_p)
+            connection.send(lm.decode(tokens)[0])
 
 
 def merge(folder, adapter, target):
@@ -1045,7 +1054,7 @@ def merge(folder, adapter, target):
     lm = LanguageModel(folder)
     lm.check_base(adapter)
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=os.path.dirname(target) or ".") as build:
+    with writing(target), tempfile.TemporaryDirectory(prefix=".merge-", dir=os.path.dirname(target) or ".") as build:
         model = PeftModel.from_pretrained(lm.causal_lm, adapter).merge_and_unload()
         model.to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
         model.save_pretrained(os.path.join(build, "model"))
@@ -1069,6 +1078,8 @@ def main():
                 config = json.load(file)
         except (OSError, ValueError):
             raise ValueError(f"{args.out_dir} is not the folder of a run: it has no readable config.json.") from None
+        if not isinstance(config, dict) or "out_dir" not in config:
+            raise ValueError(f"{args.out_dir} is not the folder of a run: its config.json is of something else.")
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
             raise ValueError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})

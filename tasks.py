@@ -280,7 +280,8 @@ def cut_log(out_dir, step, again):
                         ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
-            entries = re.finditer(entry, Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+            text = Path(path).read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
+            entries = re.finditer(entry, text, re.MULTILINE)
             write_text(path, "".join(found[0] for found in entries if int(found[1]) <= step - (
                 again and (name == "samples.txt" or '"train/' not in found[0]))))
 
@@ -340,6 +341,7 @@ def check_run_folder(args):
 def open_run_folder(args):
     """Make the folder, take out what an overwritten run wrote or a killed one left, and write config.json."""
     os.makedirs(args.out_dir, exist_ok=True)
+    check_run_folder(args)  # again: another run may have begun there while the base was built
     written = r"\.saving-.*|.*\.part"
     if args.overwrite:
         written += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
@@ -379,14 +381,17 @@ class Task:
         if data not in ("builtin", "hub"):
             self.train_items, own = read_jsonl(data, self.check)
             self.eval_items = own or [item for item in self.eval_items if item not in self.train_items]
+        if not (self.train_items and self.eval_items):
+            raise ValueError(f"--data {data} leaves no item to {'evaluate' if self.train_items else 'train'} on.")
 
     def setup(self):
         """What a task needs to know before it can name its items."""
 
     def settings(self):
-        """The train scripts' defaults that depend on the task."""
+        """The train scripts' defaults that depend on the task, and a checksum of its items for --resume."""
         own = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
-        return own | {"feedback": self.feedback_mode}
+        items = json.dumps([self.train_items, self.eval_items])
+        return own | {"feedback": self.feedback_mode, "items": zlib.crc32(items.encode())}
 
     def builtin(self):
         rng = random.Random(0)
@@ -1276,6 +1281,8 @@ class CoopHE(Task):
         item = {name: record.get(name) for name in ("prompt", "entry_point", "test")}
         if not all(isinstance(text, str) and text.strip() for text in item.values()):
             raise ValueError('a line needs a "prompt", an "entry_point" and a "test", all texts and none empty')
+        if not item["entry_point"].isidentifier():
+            raise ValueError(f'"entry_point" is the name of a function, not {item["entry_point"]!r}')
         coophe_tests(item["test"])
         return item
 

@@ -91,7 +91,7 @@ with refusing(parser):  # everything a person can get wrong is found before anyt
     rank, args.ranks, args.device = join_ranks(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
-    vars(args).update({name: value for name, value in task.settings().items() if getattr(args, name) is None})
+    vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name) is None})
     check_ranges(args)
     args.out_dir = args.out_dir or os.path.join("out", f"{ALGORITHM}-{args.task}")
     check_run_folder(args)
@@ -166,7 +166,7 @@ def save():
 
 def log(line):
     if rank == 0:
-        with open(log_path, "a", encoding="utf-8") as file:
+        with refusing(parser), open(log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if args.wandb:
             wandb.log(line, step=line["step"])
@@ -284,7 +284,7 @@ def evaluate(show):
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)
-        with open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
+        with refusing(parser), open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
             for e in episodes[:4]:
                 file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
     for e in episodes[:show]:
@@ -305,7 +305,8 @@ interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
 if args.resume and rank == 0:
-    cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
+    with refusing(parser):
+        cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:

@@ -124,6 +124,8 @@ if __name__ == "__main__":
     parser.add_argument("--svg", help="also draw the curves there")
     args = parser.parse_args()
     runs = read(args.folder)
+    if not any(seeds for methods in runs.values() for seeds in methods.values()):
+        parser.error(f"{args.folder} holds no logs of the comparison.")
     table(runs)
     if args.svg:
         draw(runs, args.svg)

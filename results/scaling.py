@@ -191,7 +191,7 @@ def main():
     args = parser.parse_args()
     if args.build:
         if args.build[0] not in SHAPES or os.path.exists(args.build[1]):
-            sys.exit(f"error: choose a shape out of {', '.join(SHAPES)} and a folder that is not there yet.")
+            parser.error(f"choose a shape out of {', '.join(SHAPES)} and a folder that is not there yet.")
         return build(*args.build)
     if args.one:
         return measure(args.one)

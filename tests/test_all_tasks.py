@@ -154,6 +154,7 @@ def test_one_agent_writes_both_texts(name):
     ("housebuild", {"layers": {"0": ["A" * 5000]}, "inventory": {"A": "planks"}}, "4096"),
     ("tldr", {"prompt": "a \ud800"}, "UTF-8"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f"}, "test"),
+    ("coophe", {"prompt": "def f(x):", "entry_point": "f(", "test": "assert candidate(1)"}, "name of a function"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f", "test": "def check(candidate):\n    pass"}, "assert"),
 ])
 def test_a_line_that_is_no_item(tmp_path, name, line, said):

@@ -337,6 +337,13 @@ def test_a_file_that_cannot_be_read(tmp_path, content):
         get_task("strbuild", data=str(path))
 
 
+def test_a_file_that_leaves_nothing_to_evaluate_on(tmp_path):
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in get_task("strbuild").eval_items))
+    with pytest.raises(ValueError, match="no item to evaluate on"):
+        get_task("strbuild", data=str(path))
+
+
 @pytest.mark.parametrize("name, options, said", [
     ("chess", {}, "chess.*strbuild"), ("strbuild", {"num_turns": 0}, "num_turns"), ("strbuild", {"num_turns": -1}, "num_turns"),
     ("strbuild", {"num_agents": 3}, "3"), ("strbuild", {"num_agents": 0}, "0"), ("strbuild", {"feedback": "praise"}, "praise"),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import get_task
+from tasks import check_run_folder, cut_log, get_task, open_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -495,6 +496,29 @@ def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(train, 
     assert state["progress"]["step"] == 1 and all(weights.isfinite().all() for weights in state["adapters"].values())
 
 
+def test_resume_wants_the_same_items(train, workplace):
+    path = workplace.folder / "changing.jsonl"
+    path.write_text('{"string": "I"}\n{"string": "IC", "split": "eval"}\n')
+    train("changing", "--data", path, "--steps", 1)
+    path.write_text('{"string": "L"}\n{"string": "IC", "split": "eval"}\n')
+    run = workplace.run("train_cc.py", *SMALL, "--data", path, "--out_dir", "changing", "--steps", 2, "--resume")
+    assert run.code == 2 and "made with other settings: items" in run.err and run.err.count("\n") == 1
+
+
+def test_a_character_that_a_kill_cut_is_no_obstacle(tmp_path):
+    (tmp_path / "samples.txt").write_bytes("=== step 0, a\n=== step 1, é".encode()[:-1])
+    cut_log(tmp_path, 1, False)
+    assert (tmp_path / "samples.txt").read_text() == "=== step 0, a\n=== step 1, \ufffd"
+
+
+def test_a_run_that_began_meanwhile_is_left_alone(tmp_path):
+    args = Namespace(out_dir=str(tmp_path), resume=False, overwrite=False, eval_only=False)
+    check_run_folder(args)
+    (tmp_path / "config.json").write_text('{"out_dir": "here"}')  # while this one builds its base
+    with pytest.raises(ValueError, match="holds another run"):
+        open_run_folder(args)
+
+
 def test_overwrite_starts_afresh(train, four_steps, workplace):
     folder = workplace.folder / "over"
     shutil.copytree(four_steps, folder)
@@ -609,8 +633,11 @@ def test_play(workplace, four_steps):
 
 
 def test_play_with_nothing_to_play(workplace, four_steps):
+    shutil.copytree(four_steps, workplace.folder / "alien")
+    (workplace.folder / "alien" / "config.json").write_text("{}")
     for arguments, said in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"),
-                            ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99")]:
+                            ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99"),
+                            (["alien"], "something else")]:
         run = workplace.run("model.py", *arguments)
         assert run.code == 2 and run.err.count("\n") == 1 and said in run.err, run.err
 
@@ -625,4 +652,4 @@ def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
     shutil.copytree(four_steps, workplace.folder / "maimed")
     shutil.rmtree(workplace.folder / "maimed" / "agent_1")
     run = workplace.run("model.py", "maimed", timeout=50)
-    assert run.code not in (0, None) and "agent_1" in run.err
+    assert run.code == 2 and run.err.startswith("error: maimed/agent_1 cannot work: ") and run.err.count("\n") == 1
