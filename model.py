@@ -27,6 +27,7 @@ import random
 import resource
 import sys
 import tempfile
+import types
 import warnings
 import zlib
 
@@ -645,7 +646,9 @@ class LanguageModel:
         self.small &= all(isinstance(layer.base_layer, torch.nn.Linear) for layer in self.lora_layers())  # not GPT-2's
         for layer in self.lora_layers():
             layer.scale, layer.adapters = layer.scaling[name], None  # the scale is the same for all
-            layer.forward = functools.partial(self.small_forward if self.small else lora_forward, layer)
+            # torch.compile takes a method for the same code in all layers, a partial for other code in each (8 at most)
+            layer.forward = (functools.partial(self.small_forward, layer) if self.small
+                             else types.MethodType(lora_forward, layer))
         self.siblings = self.siblings or self.find_siblings()
         return parameters
 

@@ -228,6 +228,26 @@ def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
     assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(*results, strict=True))
 
 
+def test_layers_that_are_alike_are_compiled_once(tmp_path, llm, monkeypatch):
+    """The last one, whose MLP may leave out rows, apart; torch.compile gives up after eight of the same code."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend=backend, **options))
+    torch._dynamo.reset()
+    folder = make_folder(lambda **ids: LlamaConfig(**SHAPE | {"num_hidden_layers": 5}, **ids), tmp_path,
+                         AutoTokenizer.from_pretrained(llm("Qwen3")))
+    lm = LanguageModel(folder, rank=4, compiled=True)
+    lm.small = False  # as on a GPU
+    for name in ("agent_0", "agent_1"):
+        lm.add_adapter(name)
+    lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts_of(lm, 4), luck(4, 4))
+    assert len(lm.compiled) == 5 and len(graphs) == 2
+
+
 # --- several ranks -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, episodes, more", [
