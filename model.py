@@ -281,19 +281,25 @@ def join_ranks(device):
     """
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know less than Unicode
+    if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device != "cpu" and not (regex.fullmatch(r"cuda(:\d+)?", device) and
                                 int(device[5:] or 0) < torch.cuda.device_count()):
         raise ValueError(f"device must be cpu, or cuda where there is one, not {device}.")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    use_gpu(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:  # one rank talks
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def use_gpu(device):
+    """Make cuda:N the current one: CUDA graphs, what ranks exchange and max_memory_allocated are of the current one."""
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def gather(rows):
@@ -568,6 +574,7 @@ class LanguageModel:
 
     def __init__(self, folder, device="cpu", rank=16, attn=None, checkpointing=False, compiled=False):
         self.folder, self.device, self.rank, self.peft = folder, device, rank, None
+        use_gpu(device)
         try:
             self.tokenizer, self.knows_system, self.end = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(

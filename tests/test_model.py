@@ -701,6 +701,20 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_gpu_that_was_asked_for_is_the_current_one(monkeypatch, folder):
+    """A CUDA graph of another GPU would hold nothing; more ranks than GPUs are refused before they join."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(Exception):  # there is none here
+        LanguageModel(folder, "cuda:1")
+    assert current == ["cuda:1"] and model.join_ranks("cuda:1") == (0, 1, "cuda:1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="not cuda:2"):
+        model.join_ranks("cuda")
+
+
 def test_steps_are_recorded_unless_python_decides_in_them():
     recorded = record(lambda x, columns: x[:, :columns.shape[0]].sum(1), (torch.ones(2, 5), torch.arange(3)))
     assert isinstance(recorded, torch.jit.ScriptFunction)
