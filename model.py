@@ -592,6 +592,10 @@ class LanguageModel:
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # one longer row would turn all other rows' positions, kept keys aside
             self.context = min(self.context, rope.get("original_max_position_embeddings", self.context))
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # frequencies do not change within the context;
+            for module in self.causal_lm.modules():  # to look makes a GPU wait, which no graph allows
+                if hasattr(module, "rope_type"):
+                    module.rope_type = "default"
         self.truncated = 0  # prompts that lost their oldest tokens because the context was full
         divisor, factor, multiplier, self.softcap = (getattr(config, name, None) for name in (
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))

@@ -1,4 +1,5 @@
 """The language model and the critic: every log-probability is computed a second time, by plain transformers and PEFT."""
+import contextlib
 import copy
 import os
 import random
@@ -7,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, DeepseekV3Config,
                           Gemma2Config, Gemma3TextConfig, Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
                           MistralConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3Config, RwkvConfig)
@@ -315,6 +317,37 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
         "input_ids"].shape[1] < 3 and "position_ids" in inputs else inputs)
     with pytest.raises(ValueError, match="log-probabilities differ by"):
         lm.check_itself()
+
+
+class Waiting(TorchDispatchMode):
+    """Whatever would make a GPU wait for a number is an error, as it is while a CUDA graph is recorded."""
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation.overloadpacket.__name__ not in ("_local_scalar_dense", "item", "is_nonzero", "nonzero")
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["llama", "dynamic", "longrope", "qwen3", "gemma3", "gpt2", "mixtral"])
+def test_a_step_of_sampling_reads_no_number(name, tokenizers, tmp_path):
+    ropes = {"dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+             "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [2.0] * 4, "long_factor": [8.0] * 4}}
+    config = (CONFIGS | PECULIAR).get(name) or (lambda **ids: (Phi3Config if name == "longrope" else LlamaConfig)(
+        **SHAPE, num_key_value_heads=2, rope_parameters=ropes[name], original_max_position_embeddings=256, **ids))
+    lm = team(make_folder(config, tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
+    lm.stays, lm.small = True, False
+    forward, steps = lm.causal_lm.forward, []
+
+    def watched(**inputs):
+        steps.append(inputs["input_ids"].shape[1])
+        with Waiting() if steps[-1] == 1 else contextlib.nullcontext():
+            return forward(**inputs)
+
+    lm.causal_lm.forward = watched
+    prompts = [prompt[-100:] for prompt in prompts_of(lm, 4)]
+    tokens, logps = lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts, luck(4, 8))
+    assert steps[1:] == [1] * 7
+    lm.save_adapter("agent_1", str(tmp_path))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_1")
+    assert torch.allclose(plain_logprobs(plain, prompts[3], tokens[3]), torch.tensor(logps[3]), atol=1e-4)
 
 
 def test_positions_that_depend_on_other_rows_are_not_reached(tokenizers, tmp_path):
