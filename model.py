@@ -607,10 +607,15 @@ class LanguageModel:
         some = torch.cat([p.flatten()[:64] for p in weights])
         self.fingerprint = zlib.crc32(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())  # in any precision
         self.set_rows([None])  # the base alone, unless it is said whose rows come
+        self.attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
+        # a window of which only masks know (PhiMoE)
+        masked_window = getattr(config, "sliding_window", None) and not any(
+            "sliding_window=" in inspect.getsource(type(m).forward) for m in self.attentions)
         # models whose attention can be replaced read rows without padding and shared beginnings once
         self.packs = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend and not (
-            self.recurrent or any(getattr(config, name, None) for name in (
-                "kv_lora_rank", "num_kv_shared_layers")))  # DeepSeek's keys are peculiar, Gemma 3n's layers share them
+            self.recurrent or masked_window or any(getattr(config, name, None) for name in (
+                # Llama 4's masks are peculiar, as are DeepSeek's keys; Gemma 3n's layers share them
+                "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers")))
         self.shares = self.packs and not any(getattr(config, name, None) for name in ("sliding_window", "alibi"))
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
@@ -618,7 +623,6 @@ class LanguageModel:
         self.recorded = {}  # steps of write_on that run without Python
         layers = max((m for m in self.causal_lm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
         self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers if compiled]
-        self.attentions = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
         # the last layer works only where its output is read
         self.last_attention = next((m for m in layers[-1].children() if m in self.attentions), None)
         mlp = getattr(layers[-1], "mlp", None)

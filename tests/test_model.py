@@ -11,7 +11,7 @@ from tokenizers import processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, DeepseekV3Config,
                           Gemma2Config, Gemma3TextConfig, Gemma3nTextConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig,
-                          MistralConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3Config, RwkvConfig)
+                          MistralConfig, MixtralConfig, OPTConfig, Phi3Config, PhimoeConfig, Qwen3Config, RwkvConfig)
 
 import model
 from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
@@ -22,7 +22,7 @@ SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
            "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
            "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
-# these attend to the last tokens only, scale or bend their logits after the output layer, know no fused attention, share
+# these attend to the last tokens only (phimoe tells its masks alone), scale or bend their logits after the output layer, know no fused attention, share
 # keys between layers or compress them, have experts, or layers with a state instead of keys and values
 PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
@@ -36,6 +36,7 @@ PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=
                 **SHAPE | {"num_hidden_layers": 4}, num_key_value_heads=2, head_dim=8, sliding_window=16, num_kv_shared_layers=2,
                 layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8, laurel_rank=4,
                 vocab_size_per_layer_input=ids["vocab_size"], activation_sparsity_pattern=[0.0] * 4, **ids),
+            "phimoe": lambda **ids: PhimoeConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, sliding_window=16, **ids),
             "mixtral": lambda **ids: MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, **ids),
             "deepseek": lambda **ids: DeepseekV3Config(
                 **SHAPE, num_key_value_heads=4, head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
