@@ -57,6 +57,16 @@ def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
         form(text)[0] for text in shown}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_with_other_options_share_a_base(name):
+    """They learn from the same demonstrations, as the base is built by the first of them."""
+    others = [get_task(name, num_agents=1, reward="sparse")]
+    others += [get_task(name, feedback=feedback) for feedback in others[0].feedback_modes[1:]]
+    for task in others:
+        assert [task.demonstration(random.Random(seed)) for seed in range(12)] == [
+            get_task_once(name, 2).demonstration(random.Random(seed)) for seed in range(12)]
+
+
 @functools.cache
 def get_task_once(name, num_agents):
     return get_task(name, num_agents=num_agents)
@@ -122,6 +132,8 @@ def test_housebuild_feedback():
     assert " 3: 1 0 1 1 0 1 planks" in told("position")[0]
     answers = ["fill 0 0 0 1 0 1 air\nfill 0 0 0 1 0 0 planks", "fill 1 0 1 1 0 1 planks"]  # all mended in the end
     assert told("perfect") == ["Turn 2. Your fills with wrong cells: none"] * 2
+    answers = ["fill 0 0 0 0 0 0 air", "fill 0 0 1 0 0 1 air"]  # air where planks are wanted, and where air is
+    assert told("perfect") == ["Turn 2. Your fills with wrong cells:\n 0 0 0 0 0 0 air", "Turn 2. Your fills with wrong cells: none"]
 
 
 # --- tldr and arxiv ---------------------------------------------------------------------------------------------------
@@ -152,6 +164,9 @@ def test_one_agent_writes_both_texts(name):
     ("housebuild", {"layers": {"0": [], "1": ["A"]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "planks"}, "spider_attacks": [10 ** 400]}, "spider_attacks"),
     ("housebuild", {"layers": {"0": ["A" * 5000]}, "inventory": {"A": "planks"}}, "4096"),
+    ("housebuild", {"layers": {"0": ["A" * 4097]}, "inventory": {"A": "planks"}}, "4096"),
+    ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "planks"}, "spider_attacks": [-1]}, "spider_attacks"),
+    ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "planks"}, "spider_attacks": [True]}, "spider_attacks"),
     ("tldr", {"prompt": "a \ud800"}, "UTF-8"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f"}, "test"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f(", "test": "assert candidate(1)"}, "name of a function"),
@@ -164,6 +179,13 @@ def test_a_line_that_is_no_item(tmp_path, name, line, said):
     with pytest.raises(ValueError, match=rf"own.jsonl, line 2: .*{re.escape(said)}") as error:
         get_task(name, data=str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_house_may_be_as_large_as_16_cubed_and_stand_anywhere(tmp_path):
+    house = {"layers": {str(y): ["A" * 16] * 16 for y in range(5, 21)}, "inventory": {"A": "planks"}}
+    (tmp_path / "own.jsonl").write_text(json.dumps(house))
+    item = get_task("housebuild", data=str(tmp_path / "own.jsonl")).train_items[0]
+    assert list(item["layers"]) == [*range(5, 21)] and item["spider_attacks"] == []
 
 
 def test_a_file_with_a_mark_in_front_and_one_that_is_no_text(tmp_path):
@@ -218,6 +240,17 @@ def test_coophe_reads_both_of_its_data_sets(tmp_path, monkeypatch):
     assert numbers[1] == [*range(16), *range(70, 102)] and numbers[0] == [*range(16, 70), *range(102, 234)][:54] + [*range(102, 234)]
     outcome = task.judge(task.eval_items[3], ["def aux(x):\n    return x", "def f3(x):\n    return aux(x) + 3"], 0)
     assert outcome.score == 100 and outcome.done
+
+
+def test_held_out_rows_are_spread_evenly_and_not_trained_on(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("own/set").mkdir(parents=True)
+    for split, numbers in [("train", [0, 1, 4, -1]), ("test", range(400))]:  # 0 stands in both; so does 1, but nobody is
+        datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # evaluated on it
+    train, held_out = tasks.read_hub([("own/set", "train", "test")], lambda row: {"n": row["n"]})
+    assert train == [{"n": 1}, {"n": 4}, {"n": -1}] and held_out == [{"n": n} for n in range(0, 384, 3)]
 
 
 def test_the_hub_that_cannot_be_reached(tmp_path, monkeypatch):
@@ -276,3 +309,26 @@ def test_the_task_that_the_readme_adds(workplace):
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in (folder / f"out/cc-{name.lower()}/log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3 and "eval/score" in lines[-1]
+
+
+# --- where an episode ends --------------------------------------------------------------------------------------------
+
+def test_where_an_episode_ends():
+    """One block more is missing, one test more fails, one kind of transition more lacks: that is below the threshold."""
+    def ended(name, item, first, second):
+        return get_task_once(name, 2).judge(item, [first, second], 0).done
+    for string, done in [("I", False), ("IC", True)]:  # a missing cell of 13 costs 0.154, of 24 it costs 0.083
+        rows = sim.string_target(string)
+        first, second = sim.scripted_builders(rows)
+        assert ended("strbuild", {"string": string}, first, second.rsplit("\n", 1)[0]) is done
+    for width, done in [(9, False), (11, True)]:  # one of 18 cells, 0.056; one of 22, 0.045
+        house = {"layers": {0: ["P" * width] * 2}, "inventory": {"P": "planks"}, "spider_attacks": []}
+        assert ended("housebuild", house, f"fill 0 0 0 {width - 1} 0 0 planks", f"fill 1 0 1 {width - 1} 0 1 planks") is done
+    red, blue = " ".join("bcdfghjk"), " ".join("bcdfghjklmnpqrtv")
+    more = "although meanwhile furthermore therefore for example in summary indeed similarly unless".split(" ")
+    for phrases, done in [(more[:7], False), (more[:9], True)]:
+        assert ended("tldr", {"prompt": ""}, red + " zzzzzzzzzzzzzzzzzzzzzz", f"{blue} {' '.join(phrases)}") is done
+    for tests, done in [(4, False), (6, True)]:  # one of 4 tests costs 0.25, one of 6 costs 0.167
+        item = {"prompt": "", "entry_point": "f", "test": "def check(candidate):\n" + "".join(
+            f"    assert candidate({k}) == {max(1, k)}\n" for k in range(tests))}
+        assert ended("coophe", item, "def aux(n):\n    return n", "def f(n):\n    return aux(n) + 0") is done

@@ -1,4 +1,5 @@
 """coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
+import socket
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def test_the_worked_example_earns_four():
     (WHOLE, "def f(n):\n    x = aux(n)\n    return x", 3.0, 4, "passed"),
     (WHOLE, "def f(n):\n    x: list = aux(n)\n    return x", 3.0, 4, "passed"),
     (WHOLE, "def f(n):\n    y = []\n    x = aux(n)\n    return x", 4.0, 4, "passed"),
+    (AUX, "def f(n, y=[]):\n    x = aux(n)\n    return y", 3.25, 1, "failed: assert candidate(2) == [1, 2]"),
+    (AUX, ONE.format("if n < 0: n.aux(n)"), 2.5, 4, "main does not use aux"),
     (WHOLE, "def f(n):\n    return list(aux(n))", 4.0, 4, "passed"),
     (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed"),
 ])
@@ -60,12 +63,15 @@ def test_one_answer_for_both_and_imports_of_the_prompt_only():
     assert judge(AUX, MAIN, ITEM | {"prompt": "def f(n):\n"})[1] == 0  # List is unknown: the module does not load
     assert judge(AUX, "import math\n" + ONE.format("math.pi"))[1] == 0
     assert judge(AUX, ONE.format("math.pi"), ITEM | {"prompt": "import math\ndef f(n):\n"})[1] == 4
+    half = ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}  # with it the module is no Python
+    assert judge(AUX, MAIN, half)[:2] == (1.0, 0) and judge(AUX, MAIN, half)[2].startswith("syntax error: ")
 
 
 @pytest.mark.parametrize("text, source", [
     ("Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```",
      "def aux(n):\n    return 1"),
     ("def aux(n): return 0\n```\ndef aux(n): return 1\n```", "def aux(n): return 1"),
+    ("```\nx = 1\n```\ndef aux(n): return 0\n```\ndef aux(n): return 1\n```", "def aux(n): return 1"),
     ("1. So:\n   ```python\n   def aux(n):\n       return 1\n   ```", "def aux(n):\n    return 1"),
     ("```python\ndef aux(n):\n    return 1", "def aux(n):\n    return 1"),
     ("```python\nx = 1\n```\ndef aux(n):\n    return 1\n\nThis is it.", "def aux(n):\n    return 1"),
@@ -81,7 +87,7 @@ def test_functions_are_found_in_anything(text, source):
 @pytest.mark.parametrize("body, returns", [
     ("def g():\n        return 1\n    print(g)", False), ("return", True), ("yield 1", False),
     ("for i in n:\n        if i:\n            return i", True), ("'return'", False), ("return (", True),
-    ("def g():\n        return 1\n    return g", True), ("x = (", False)])
+    ("def g():\n        return 1\n    return g", True), ("x = (", False), ("returned = (", False)])
 def test_a_return_of_its_own(body, returns):
     assert find_function(f"def aux(n):\n    {body}", "aux")[3] is returns
 
@@ -114,6 +120,15 @@ def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
         "assert candidate(1) == [1]"]
 
 
+@pytest.mark.parametrize("prompt", ["TWO = 2\ndef f(n):", "def f(n):\n    pass\nTWO = 2"])
+def test_what_a_prompt_holds_beside_the_function_is_there(prompt):
+    """Be it that the signature has no body, or that it does not come last; but aux is the agent's own."""
+    item = {"prompt": prompt, "entry_point": "f", "test": "def check(candidate):\n    assert candidate(1) == TWO\n"}
+    assert judge(AUX, "def f(n):\n    return aux(n) + 1", item) == (4.0, 1, "passed")
+    item["prompt"] = AUX + "\n" + prompt
+    assert judge("no", "def f(n):\n    return aux(n) + 1", item)[:2] == (1.1, 0)
+
+
 @pytest.mark.parametrize("test", ["x = 1", "def check(candidate):\n    assert True", "def check(candidate):\n    pass",
                                   "def check(candidate:", "def check(candidate):\n    for i in []:\n        pass"])
 def test_a_problem_without_tests_is_refused(test):
@@ -123,7 +138,7 @@ def test_a_problem_without_tests_is_refused(test):
 
 @pytest.mark.parametrize("first", [
     "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
-    "raise MemoryError", "x = 'x' * (3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
+    "raise MemoryError", "x = bytes(3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
     "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
     "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
     "import os; os.closerange(0, 999)", "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)"])
@@ -152,6 +167,31 @@ def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
 def test_no_process_and_no_disk_full_of_files(first):
     """Each of these raises: root's processes are not counted by the usual limit, and files are many small ones."""
     assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+def test_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        call = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert judge(AUX, ONE.format(call))[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
+    assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
+    # standard input, output and error, where the pass is sent, and the folder that is listed
+    assert judge(AUX, ONE.format("import os; assert len(os.listdir('/proc/self/fd')) == 5"))[1] == 4
+
+
+def test_an_answer_runs_isolated_and_sees_no_environment(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "1")
+    alone = "import os, sys; assert 'A_SECRET' not in os.environ and sys.flags.isolated and sys.flags.no_site"
+    assert judge(AUX, ONE.format(alone))[1] == 4
+
+
+def test_all_tests_of_a_pair_share_a_time_limit(monkeypatch):
+    monkeypatch.setattr(tasks, "SECONDS", (9.0, 1.5))
+    assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: what passed is kept
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

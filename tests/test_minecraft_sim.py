@@ -46,6 +46,7 @@ def test_reading_lines():
     assert list(command_lines("```\ntext\nb\n```\n```\nc\n```")) == ["text", "b"]   # the word is not on the first line
     assert list(command_lines("```/kill\nb```")) == ["/kill", "b"]                  # a command, not a language
     assert list(command_lines("``` c++ \r\nb\r\n```")) == ["b"]
+    assert list(command_lines("```kill```")) == ["kill"]                            # no line break: no language word
     assert list(command_lines("```a b\nc```")) == ["a b", "c"] and list(command_lines("``````\na")) == []
     assert list(command_lines("-a\n* - b\n12) c\n 3.\td\n-\n1.e")) == ["-a", "- b", "c", "d", "-", "1.e"]
 
@@ -61,7 +62,8 @@ def test_accepted_lines(line):
 @pytest.mark.parametrize("line, reason", [
     ("//setblock 1 0 0 stone", "not a setblock"), ("fill 1 0 0 stone", "not a setblock"), ("/", "not a setblock"),
     ("`setblock 1 0 0 stone`", "not a setblock"), ("- - setblock 1 0 0 stone", "not a setblock"),
-    ("set block 1 0 0 stone", "not a setblock"), ("setblock 1 0 0", "fewer than 5"), ("setblock", "fewer than 5"),
+    ("set block 1 0 0 stone", "not a setblock"), ("\u2022 setblock 1 0 0 stone", "not a setblock"),
+    ("setblock 1 0 0", "fewer than 5"), ("setblock", "fewer than 5"),
     ("setblock 1.0 0 0 stone", "not an integer"), ("setblock ~1 0 0 stone", "not an integer"),
     ("setblock ^ 0 0 stone", "not an integer"), ("setblock 1, 0, 0 stone", "not an integer"),
     ("setblock 0x1 0 0 stone", "not an integer"), ("setblock 1\0 0 0 stone", "not an integer"),
@@ -114,7 +116,7 @@ def test_order_air_and_empty_cases():
     assert strbuild_world(["#"], ["setblock 0 0 0 cave_air"], [["cave_air"]])[:2] == ({}, [[((0, 0, 0), "cave_air")]])
     nothing = strbuild_score(["..", ".."], ["", ""], PALETTES)  # no target: coverage 0; both palettes unused
     assert list(nothing.values())[:6] == [-0.5, 0, 0, 0, 0, 2]
-    stray = strbuild_score([".."], [stone], [["stone", "air"]])  # air need not be used
+    stray = strbuild_score([".."], [stone], [["stone", "air", "cave_air"]])  # air need not be used
     assert (stray["reward"], stray["iou"], stray["missing_palettes"]) == (-0.75, 0, 0)
     full = strbuild_score(["##"], [stone + "\nsetblock 1 0 0 cobblestone"], [["stone", "cobblestone"]])
     assert (full["reward"], full["extra_ratio"], full["adjacent_same_ratio"]) == (1.0, 0, 1)  # no background
@@ -294,3 +296,21 @@ def test_spiders():
     assert house_score("", spider_attacks=[3])["spider_penalty"] == 0  # alone, nobody is there to be protected
     over = house_score("fill 0 0 0 0 0 0 planks\nkill", "", spider_attacks=[5], max_commands=2)
     assert over["spider_penalty"] == pytest.approx(0.1) and over["accepted"] == [1, 0]  # a kill above the share is none
+
+
+def test_a_block_of_the_wrong_kind_counts_for_the_iou_but_not_for_the_match():
+    score = sim.housebuild_score({0: ["PO"]}, INVENTORY, ["fill 0 0 0 1 0 0 planks"], limited_resource=False)
+    assert (score["iou"], score["match"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize("low", [-3, 2])
+def test_a_house_that_does_not_stand_at_height_0(low):
+    layers, lines = {low: ["PP"], low + 1: ["O."]}, [f"fill 0 {low + y} 0 0 {low + y} 0 {{}}" for y in (-1, 0, 1, 2)]
+    answer = "\n".join(line.format(block) for line, block in zip(lines, ["air", "planks", "obsidian", "air"]))
+    score = sim.housebuild_score(layers, INVENTORY, [answer])
+    assert score["accepted"] == [2] and score["match"] == 0.75
+
+
+def test_an_inventory_may_use_the_dot_and_hold_any_air():
+    inventory = {".": "planks", "A": "air", "C": "cave_air"}
+    assert sim.house_target({0: [".AC"]}, inventory) == {(0, 0, 0): "planks"}

@@ -1,4 +1,5 @@
 """The arithmetic of the comparison; that the benchmark runs; that README's links point at the lines that they name."""
+import json
 import re
 import runpy
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from model import LanguageModel
-from tasks import Episode, get_task, history
+from tasks import Episode, Turn, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 compare = runpy.run_path(str(ROOT / "results" / "compare.py"))
@@ -20,12 +21,29 @@ def test_permutation_test_by_hand():
     assert p([1, 2], [3, 4]) == pytest.approx(2 / 6)  # the example in its docstring
     assert p([1, 2, 3, 4, 5], [11, 12, 13, 14, 15]) == pytest.approx(2 / 252)
     assert p([1, 4], [2, 3]) == 1 and p([1, 1], [1, 1]) == 1
+    assert p([1], [2, 3]) == pytest.approx(2 / 3)  # 1 and 3 differ by 1.5 from the mean of the others
+
+
+def test_the_tables_read_first_and_last_evaluations(tmp_path, capsys):
+    (tmp_path / "tasks").mkdir()
+    for method, scores in [("cc", (60, 80)), ("dc", (50, 52))]:
+        for seed, score in enumerate(scores):
+            lines = [{"eval/score": 10, "eval/reward": -2, "joint_actions": 0}, {"train/score": score / 2},
+                     {"eval/score": score, "eval/reward": -1, "joint_actions": 640}]
+            for path in (tmp_path / f"one-{method}-seed{seed}.jsonl", tmp_path / "tasks" / f"tldr-seed{seed}.jsonl"):  # dc's is the last
+                path.write_text("".join(json.dumps(line | {"value/explained_variance_by_turn": [0.5]}) + "\n" for line in lines))
+    five = runpy.run_path(str(ROOT / "results" / "five_tasks.py"))
+    assert "| `tldr` | 640 | 10.0 | 51.0 ± 1.4 | -1.00 ± 0.00 |" in five["table"](str(tmp_path / "tasks"))
+    compare["table"](compare["read"](str(tmp_path)))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| CoLLM")]
+    assert rows[0] == "| CoLLM-CC | 10.0 | 70.0 ± 14.1 |  | -1.00 ± 0.00 | 35.0 ± 7.1 |  |"
+    assert rows[1] == "| CoLLM-DC | 10.0 | 51.0 ± 1.4 | 0.33 | -1.00 ± 0.00 | 25.5 ± 0.7 | 0.33 |"
 
 
 def test_holm_by_hand():
     corrected = compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03})
     assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert compare["holm"]({"a": 0.5, "b": 0.9})["b"] == 1.0
+    assert compare["holm"]({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
 def test_benchmark_measures_ours(tmp_path):
@@ -69,3 +87,22 @@ def test_memory_by_formula_follows_the_shape(monkeypatch):
     one, two = scaling.memory(wide, micro_batch=1), scaling.memory(wide, micro_batch=2)
     assert two["update"] == pytest.approx(2 * one["update"]) and one["cache"] == two["cache"]
     assert one["checkpointed"] < one["update"]
+    # base: 61,440 weights a layer in matrices and 160 in norms, 64 x 1000 in the embedding, 64 in the last norm; adapters:
+    # 16 x 1408 a layer; cache: 2 x 8 rows of 900 + 512 tokens, 388 of the first turn's prompts, 2 x 2 x 16 numbers a layer
+    part, total, adapter = {name: size * 2 ** 30 for name, size in one.items()}, 4 * (61440 + 160) + 64000 + 64, 4 * 16 * 1408
+    assert part["base"] == 2 * total and part["adapters"] == 16 * adapter * (2 + 1)
+    assert part["cache"] == 16 * (900 + 900) * 4 * 2 * 2 * 16 * 2 + 16 * 16 * 1000
+    layer, logits = scaling.kept_by_a_layer(wide), 18 * 512 * 1000
+    assert part["update"] == pytest.approx(1412 * 4 * layer + logits)
+    assert part["checkpointed"] == pytest.approx(1412 * (4 * 2 * 64 + layer) + logits)
+    assert one["peak, update"] == one["base"] + one["adapters"] + max(one["cache"], one["update"])
+
+
+def test_operations_by_hand(monkeypatch):
+    """Two turns of one agent: 2 + 3 new prompt tokens with a shared beginning, one answer token each."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import scaling
+    assert scaling.distinct([[1, 2, 3], [1, 2, 4]]) == 4
+    turns = [Turn([prompt], [[9]], None, None, None, critic_inputs=[prompt]) for prompt in ([1, 2], [1, 2, 9, 4])]
+    work = scaling.operations([Episode({}, turns)], (10, 7), passes=3)
+    assert work == {"rollout": 2 * 10 * (4 + 2) + 2 * 7 * 2, "update": 3 * (4 * 10 * (5 + 4) + 4 * 7 * 2)}

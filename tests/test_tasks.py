@@ -58,7 +58,7 @@ def test_held_out_strings_are_in_no_training_item_and_no_demonstration():
     train, held_out = set(strings(task.train_items)), set(strings(task.eval_items))
     assert not train & held_out and {"ICML", "CLIM"} <= held_out and len(held_out) >= 16 and len(train) >= 1000
     assert len(held_out) == len(task.eval_items), "a held-out string counts twice"
-    assert {len(string) for string in train} == {1, 2, 3, 4}
+    assert {len(string) for string in train} == {1, 2, 3, 4} and set("ABCDEFGHIJKLMNOPQRSTUVWXYZ") <= train
     rng = random.Random(1)
     shown, short = beginnings(task, task.eval_items), beginnings(task, [i for i in task.train_items if len(i["string"]) < 3])
     assert len(shown) == len(held_out) and begins([{"content": task.observation({"string": "ICML"}, 1)}], shown)
@@ -154,6 +154,13 @@ def test_a_history_holds_nothing_of_the_other_agent(feedback):
         assert all("%d %d %d" % cell in told for cell in sim.target_cells(sim.string_target("IC")))
 
 
+def test_a_history_ends_with_what_this_agent_was_told():
+    task, episode = get_task("strbuild", feedback="perfect"), Episode({"string": "I"})
+    episode.turns.append(turn_of(task, episode.item, ["/setblock 1 1 0 stone\n/setblock 0 3 0 stone", "/setblock 3 3 0 obsidian"]))
+    assert [history(task, episode, agent)[-1]["content"] for agent in range(2)] == [
+        "Turn 2 of 4. Your wrong cells: 0 3 0 1 1 0.", "Turn 2 of 4. Your wrong cells: 3 3 0."]
+
+
 def test_an_agents_history_is_the_same_whatever_the_other_one_writes():
     """With position feedback nothing of agent 1 reaches agent 0, not even through the reward."""
     task, item = get_task("strbuild"), {"string": "LI"}
@@ -161,6 +168,17 @@ def test_an_agents_history_is_the_same_whatever_the_other_one_writes():
     one.turns.append(turn_of(task, item, ["/setblock 0 0 0 stone", "nothing"]))
     two.turns.append(turn_of(task, item, ["/setblock 0 0 0 stone", "/setblock 0 1 0 obsidian"]))
     assert history(task, one, 0) == history(task, two, 0) and history(task, one, 1) != history(task, two, 1)
+
+
+def test_a_dialogue_says_what_an_agent_was_told_before_it_answered():
+    task, episode = get_task("strbuild", feedback="perfect"), Episode({"string": "I"})
+    episode.turns += [turn_of(task, episode.item, ["/setblock 1 1 0 stone", " "], t) for t in range(2)]
+    said = [line[9:] for line in tasks.dialogue(task, episode, False).splitlines() if "agent" in line]
+    built = ["agent 0 answers: /setblock 1 1 0 stone", "agent 1 answers: (nothing)"]
+    assert said == [f"agent 0 is told: {task.observation(episode.item, 0)}", built[0],
+                    f"agent 1 is told: {task.observation(episode.item, 1)}", built[1],
+                    "agent 0 is told: Turn 2 of 4. Your wrong cells: 1 1 0.", built[0],
+                    "agent 1 is told: Turn 2 of 4. Your wrong cells: none.", built[1]]
 
 
 # --- what an answer is worth ------------------------------------------------------------------------------------------
@@ -240,6 +258,9 @@ def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
     for answers in (perfect, almost):
         early = sparse.judge(item, answers, 0)
         assert early.done == (answers is perfect) and early.reward == (dense.judge(item, answers, 0).reward if early.done else 0)
+    item, (first, second) = {"string": "IC"}, sim.scripted_builders(sim.string_target("IC"))
+    early = sparse.judge(item, [first, second.rsplit("\n", 1)[0]], 0)  # 23 of 24 cells: good enough, not perfect
+    assert early.done and early.reward == pytest.approx(-2 / 24)
 
 
 # --- tldr and arxiv -----------------------------------------------------------------------------------------------------
@@ -292,6 +313,50 @@ def test_arxiv_by_hand():
     assert tasks.tldr_reward(words(8), words(16) + " " + most) <= 2.98
 
 
+def made(count, distinct, length, start=0):
+    """A text of so many words, distinct words and characters; its words are numbers from start on."""
+    text = " ".join(str(100 + start + k % distinct) for k in range(count))
+    assert len(text) <= length
+    return text.ljust(length)
+
+
+@pytest.mark.parametrize("name, first, second, steps", [
+    ("tldr", (20, 10, 100), (20, 20), {109: None, 110: 0, 135: 0.5, 160: 1, 320: 1, 410: 0.5, 500: 0, 501: None}),
+    ("arxiv", (200, 100, 1000), (190, 100), {799: None, 800: 0, 1050: 0.5, 1300: 1, 1600: 1, 1800: 0.5, 2000: 0, 2001: None})])
+def test_lengths_at_every_bound(name, first, second, steps):
+    """{characters of the second text: what coordination earns}; None: the level fails, so the next one earns nothing."""
+    for length, earned in steps.items():
+        levels = tasks.writing_levels(made(*first), made(*second, length), **tasks.TASKS[name].levels)
+        assert levels["coordination"] == pytest.approx(earned or 0) and (levels["vocabulary"] > 0) == (earned is not None)
+
+
+@pytest.mark.parametrize("name, first, second, steps", [
+    ("tldr", (20, 10, 100), (30, 200), {12: None, 13: 0, 14: 0.5 / 7, 20: 0.5, 30: 0.5}),
+    ("arxiv", (200, 100, 1000), (200, 1500), {49: None, 50: 0, 60: 0.25, 70: 0.5, 130: 0.5, 150: 0.25, 170: 0, 171: None})])
+def test_distinct_words_at_every_bound(name, first, second, steps):
+    for distinct, earned in steps.items():
+        levels = tasks.writing_levels(made(*first), made(second[0], distinct, second[1]), **tasks.TASKS[name].levels)
+        assert levels["vocabulary"] == pytest.approx(earned or 0) and (levels["style"] > 0) == (earned is not None)
+
+
+def test_word_counts_overlap_and_texts_without_words():
+    tldr, arxiv = tasks.TLDR_LEVELS, tasks.ARXIV_LEVELS
+    for levels, counts in [(tldr, {7: 0, 8: 0.5, 256: 0.5, 257: 0}), (arxiv, {127: 0, 128: 0.5, 256: 0.5, 257: 0})]:
+        for count, earned in counts.items():
+            texts = made(count, 9, 1100), made(200, 9, 1100)
+            assert [tasks.writing_levels(*pair, **levels)["structure"] for pair in (texts, texts[::-1])] == [earned] * 2
+    few = tasks.writing_levels(made(20, 20, 100), made(40, 40, 200, start=19), **tldr)  # 1 of 59 words is shared
+    assert few["style"] == pytest.approx(0.6 / 59 / 0.03)
+    some = tasks.writing_levels(made(200, 100, 1000), made(200, 100, 1500, start=80), **arxiv)  # 20 of 180
+    assert some["style"] == pytest.approx(0.6 * 20 / 180 / 0.23)
+    assert tasks.tldr_reward("- " * 8, "word " * 6 + "- " * 2) == pytest.approx(1.5)  # no word in the first
+    stop = "the and of to in on at by", "the and of to in on at by if or from with under down up out"
+    assert tasks.tldr_reward(*stop) == pytest.approx(0.5 + 1 + 0.5 + 0.6)  # no content words in either: they agree
+    assert tasks.tldr_reward(stop[0] + " dog", stop[1] + " sun moon") == pytest.approx(2.0)  # these do not
+    loud = words(10), words(20).upper() + " HOWEVER, However!"  # case and punctuation make no other word
+    assert tasks.tldr_reward(*loud) == pytest.approx(0.5 + 1 + 0.5 + 0.4 * 0.45 + 0.6)
+
+
 # --- a person's own file, and options that make no sense --------------------------------------------------------------
 
 def test_a_file_of_ones_own(tmp_path):
@@ -335,6 +400,15 @@ def test_a_file_that_cannot_be_read(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match="words.jsonl"):
         get_task("strbuild", data=str(path))
+
+
+def test_other_items_are_other_settings(tmp_path):
+    """Items to train on and items to evaluate on: a run that goes on with other ones is refused."""
+    path, seen = tmp_path / "words.jsonl", set()
+    for train, held_out in [("I", "IC"), ("L", "IC"), ("I", "LC")]:
+        path.write_text(f'{{"string": "{train}"}}\n{{"string": "{held_out}", "split": "eval"}}\n')
+        seen.add(get_task("strbuild", data=str(path)).settings()["items"])
+    assert len(seen) == 3
 
 
 def test_a_file_that_leaves_nothing_to_evaluate_on(tmp_path):
@@ -383,12 +457,35 @@ def test_examples_of_docstrings():
              for rewards in ([-1, -2], [-1])]
     line = tasks.summary([Episode({}, played) for played in turns], "train", 0.5, [1])
     assert [line[f"train/{name}"] for name in ("return", "reward", "turns")] == pytest.approx([-1.5, -4 / 3, 1.5])
+    played = [Turn(None, None, None, None, tasks.Outcome(reward, 0, {}, False, [], None)) for reward in (1, 2, 4)]
+    assert Episode({}, played).returns(0.5) == [3, 4, 4]
     item = {"prompt": "def f(n):\n", "entry_point": "f",
             "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
     verdict = tasks.coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
     assert (verdict["reward"], verdict["passed"]) == (3.5, 1)
     source, node, error, returns = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
     assert (source, node, returns) == ("def aux(n):\n    return n +", None, True) and error
+
+
+def test_what_the_log_says_of_scores_and_answers():
+    """The score and the parts are the last turn's; an answer is truncated when its own agent's end token is missing."""
+    def turn(score, *tokens):
+        return Turn(None, list(tokens), None, ["", ""], tasks.Outcome(0, score, {"iou": score / 100, "reward": 9, "accepted": [1, 2]},
+                                                                      False, [], None))
+    episodes = [Episode({}, [turn(10, [5, 1], [5, 2]), turn(30, [1], [7, 7, 1])]), Episode({}, [turn(50, [2], [2])])]
+    line = tasks.summary(episodes, "eval", 1, [1, 2])
+    assert line == {"eval/return": 0, "eval/reward": 0, "eval/score": 40, "eval/turns": 1.5, "eval/response_tokens": 10 / 6,
+                    "eval/truncated": 2 / 6, "eval/iou": 0.4}
+    assert line.keys() - {"eval/iou"} == {name.replace("train", "eval") for name in tasks.summary(episodes, "train", 1, [1, 2])}
+
+
+def test_minibatches_are_shuffled_groups():
+    episodes = list(range(10))  # five groups of two: 2k and 2k + 1
+    parts = [tasks.minibatches(episodes, 2, 2, random.Random(seed)) for seed in range(8)]
+    for part in parts:
+        assert [len(batch) for batch in part] == [6, 4] and sorted(sum(part, [])) == episodes
+        assert all(two == one + 1 and one % 2 == 0 for batch in part for one, two in zip(batch[::2], batch[1::2]))
+    assert len({str(part) for part in parts}) > 4 and len(tasks.minibatches(episodes, 2, 9, random.Random(0))) == 5
 
 
 class Count(tasks.Task):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import check_run_folder, cut_log, get_task, open_run_folder
+from tasks import check_ranges, check_run_folder, cut_log, get_task, open_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -517,6 +517,28 @@ def test_a_run_that_began_meanwhile_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"out_dir": "here"}')  # while this one builds its base
     with pytest.raises(ValueError, match="holds another run"):
         open_run_folder(args)
+
+
+def test_what_may_differ_between_a_run_and_its_continuation(tmp_path):
+    saved = dict.fromkeys(["algorithm", "task", "world", "model", "num_agents", "lora_rank", "seed", "lr", "group_size", "lam", "steps",
+                           "micro_batch"], 1) | {"out_dir": str(tmp_path), "overwrite": False}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    refused = {"resume": [], "eval_only": []}
+    for flag in refused:
+        for key in saved.keys() - {"out_dir", "overwrite"}:
+            try:
+                check_run_folder(Namespace(**saved | {"resume": False, "eval_only": False, flag: True, key: 2}))
+            except ValueError as error:
+                assert f"{key} 1 -> 2" in str(error)
+                refused[flag].append(key)
+    assert set(refused["eval_only"]) == {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}
+    assert set(refused["resume"]) == set(refused["eval_only"]) | {"seed", "lr", "group_size", "lam"}
+
+
+@pytest.mark.parametrize("name, value", [("lam", 1.01), ("gamma", -0.01), ("top_p", 1.01), ("top_p", 0), ("temperature", 1001), ("seed", -1)])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        check_ranges(Namespace(batch_size=4, group_size=2, **{name: value}))
 
 
 def test_overwrite_starts_afresh(train, four_steps, workplace):
