@@ -567,6 +567,7 @@ class StrBuild(Task):
     def demonstration(self, rng):
         """Messages of a conversation of two answers; the tiny base learns all but the first of them."""
         item, team = self.shown(rng), copy.copy(self)
+        team.num_turns = self.turns  # one base for all options
         team.num_agents = rng.choice([2, 2, 1])  # one in three: alone
         team.setup()
         agent, team.feedback_mode = rng.randrange(team.num_agents), rng.choices(self.feedback_modes, [8, 1, 1])[0]

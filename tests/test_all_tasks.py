@@ -60,7 +60,7 @@ def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_with_other_options_share_a_base(name):
     """They learn from the same demonstrations, as the base is built by the first of them."""
-    others = [get_task(name, num_agents=1, reward="sparse")]
+    others = [get_task(name, num_agents=1, num_turns=3, reward="sparse")]
     others += [get_task(name, feedback=feedback) for feedback in others[0].feedback_modes[1:]]
     for task in others:
         assert [task.demonstration(random.Random(seed)) for seed in range(12)] == [

@@ -1,5 +1,7 @@
 """coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
+import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 import tasks
 from tasks import coophe_reward, coophe_rewards, coophe_tests, find_function
 
+apart = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run(["unshare", "-Unm", "true"]).returncode != 0,
+                           reason="this needs namespaces, which Linux may refuse")
 ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n    """Squares below n, plus one."""\n',
         "entry_point": "f",
         "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(0) == []\n"
@@ -169,14 +173,14 @@ def test_no_process_and_no_disk_full_of_files(first):
     assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+@apart
 def test_no_network():
     with socket.create_server(("127.0.0.1", 0)) as server:
         call = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
         assert judge(AUX, ONE.format(call))[1] == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
+@apart
 def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
     assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
     # standard input, output and error, where the pass is sent, and the folder that is listed
