@@ -318,6 +318,12 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
         "input_ids"].shape[1] < 3 and "position_ids" in inputs else inputs)
     with pytest.raises(ValueError, match="log-probabilities differ by"):
         lm.check_itself()
+    lm = LanguageModel(llama)  # one that goes wrong where it remembers the turn before
+    again = lm.causal_lm.forward
+    lm.causal_lm.forward = lambda **inputs: again(**inputs | ({"position_ids": inputs["position_ids"] * 0} if inputs.get(
+        "past_key_values") is not None and inputs["past_key_values"].get_seq_length() else {}))
+    with pytest.raises(ValueError, match="log-probabilities differ by"):
+        lm.check_itself()
 
 
 class Waiting(TorchDispatchMode):
@@ -437,6 +443,16 @@ def test_a_saved_adapter_comes_back(folder, tmp_path):
     assert torch.equal(lm.logprobs(["agent_1", "agent_1"], prompts, tokens)[0], before)
 
 
+def test_a_saved_file_takes_the_place_of_the_old_one_at_once(workplace, tmp_path):
+    lm = team(workplace.tiny, ["agent_0"])
+    lm.save_adapter("agent_0", str(tmp_path))
+    os.link(tmp_path / "agent_0" / "adapter_model.safetensors", tmp_path / "old")
+    before = (tmp_path / "old").read_bytes()
+    lm.lora_layers()[0].lora_A["agent_0"].weight.data += 1
+    lm.save_adapter("agent_0", str(tmp_path))
+    assert (tmp_path / "old").read_bytes() == before != (tmp_path / "agent_0" / "adapter_model.safetensors").read_bytes()
+
+
 def test_gradients_reach_the_adapters_of_their_own_rows_and_nothing_else(folder):
     lm = team(folder)
     logp, _ = lm.logprobs(["agent_0", "agent_1"], prompts_of(lm, 2), [[5, 6, 7], [8, lm.end]])
@@ -455,6 +471,7 @@ def test_fresh_adapters_change_nothing(folder):
     lm = LanguageModel(folder, rank=4)
     returned = [lm.add_adapter(name) for name in ("agent_0", "agent_1")]
     assert len(returned[0]) == len(returned[1]) > 0 and not {*map(id, returned[0])} & {*map(id, returned[1])}
+    assert {layer.scale for layer in lm.lora_layers()} == {2.0}  # whatever the rank
     prompts, tokens = prompts_of(lm, 3), [[5, 6, 7]] * 3
     logp, _ = lm.logprobs(["agent_0", "agent_1", None], prompts, tokens)
     base = AutoModelForCausalLM.from_pretrained(folder)
@@ -484,6 +501,24 @@ def test_sampling_follows_the_probabilities(workplace):
         counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=len(p)) / N
         assert not counts[p == 0].any()
         assert (counts - p).abs().max() < 5 * (0.25 / N) ** 0.5  # five standard deviations of the worst case
+
+
+def test_log_probabilities_are_those_before_top_p_and_entropies_by_hand(folder):
+    lm = team(folder)
+    prompts = prompts_of(lm, 4)
+    tokens, logps = lm.generate(["agent_0"] * 4, prompts, luck(4, 8), 0.7, top_p=0.5)
+    again, entropy = lm.logprobs(["agent_0"] * 4, prompts, tokens, 0.7)
+    assert torch.allclose(again, torch.tensor(sum(logps, [])), atol=1e-4)
+    lm.set_rows(["agent_0"])
+    with torch.no_grad():
+        p = (lm.causal_lm(input_ids=torch.tensor([prompts[0]])).logits[0, -1] / 0.7).softmax(-1)
+    assert entropy[0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
+
+
+def test_logits_that_are_not_numbers_give_a_token_all_the_same():
+    """An index beyond the vocabulary would end a run before the gradient says in one sentence what is wrong."""
+    token, _ = model.sample(torch.full((3, 1, 77), float("nan")), torch.rand(3, 1), 1.0, 1.0)
+    assert token.max() < 77
 
 
 def test_a_row_samples_the_same_alone_and_in_company(folder):
@@ -631,6 +666,15 @@ def test_ranks_share_the_episodes_of_a_minibatch(monkeypatch):
         monkeypatch.setattr(model.dist, "get_rank", lambda: rank)
         shares.append(micro_batches([b, a], lambda turn: turn.prompts[0], 8))
     assert shares == [[], [[(a, 1), (a, 0)]], [[(b, 0)]]]  # fewer episodes than ranks
+
+
+def test_a_gradient_longer_than_one_is_shortened_to_one():
+    for gradient, moved in (([3.0, 4.0], [-0.6, -0.8]), ([0.3, 0.4], [-0.3, -0.4])):
+        p, unused = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+        p.grad = torch.tensor(gradient)
+        norm = model.optimizer_step(torch.optim.SGD([p, unused], lr=1.0), [p, unused])
+        assert norm == pytest.approx(torch.tensor(gradient).norm().item()) and p.tolist() == pytest.approx(moved, rel=1e-4)
+        assert p.grad is None and unused.tolist() == [0]
 
 
 def test_td_targets_with_lam_one_are_discounted_returns():

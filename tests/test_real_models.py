@@ -9,13 +9,15 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
-from test_train import train_lines, weights_of
+from test_train import train_lines, wait_for, weights_of
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import model
@@ -279,6 +281,23 @@ def test_two_ranks_are_one_rank_with_twice_the_episodes(script, episodes, more, 
     assert sum("eval/score" in line for line in (two / "log.jsonl").read_text().splitlines()) == 2  # one rank writes
 
 
+def test_two_ranks_stop_together(workplace, tmp_path):
+    """A signal may reach one of them only; none may wait for the other. Of a minibatch of one episode one has no share."""
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    ranks = [workplace.start("train_cc.py", *SMALL, "--task", "strbuild", "--model", workplace.tiny, "--num_turns", 2, "--steps", 99,
+                             "--batch_size", 1, "--minibatches", 2,
+                             "--out_dir", tmp_path / "stopped", environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test"}) for rank in (0, 1)]
+    wait_for(ranks[0], tmp_path / "stopped" / "log.jsonl", "train/reward")
+    os.kill(ranks[1].process.pid, signal.SIGTERM)
+    for run in ranks:
+        run.process.join(60)
+        assert run.process.exitcode == 130, run.err.read_text()[-2000:]
+    step = train_lines(tmp_path / "stopped")[-1]["step"]
+    assert torch.load(tmp_path / "stopped" / "train_state.pt", weights_only=False)["progress"]["step"] == step < 99
+
+
 # --- the context ---------------------------------------------------------------------------------------------------------
 
 def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
@@ -335,6 +354,25 @@ def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
         refused = workplace.run("model.py", tmp_path / "moved", "--device", "cpu", *more)
         assert refused.code == 2 and "trained on another base" in refused.err and refused.err.count("\n") == 1, refused.err
     assert not (files / "unborn" / "agent_0").exists()
+
+
+def test_a_merged_model_keeps_the_precision_of_its_base(llm, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llm("Qwen3"), dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llm("Qwen3")).save_pretrained(tmp_path / "base")
+    team(str(tmp_path / "base"), ["agent_0"]).save_adapter("agent_0", str(tmp_path))
+    model.merge(str(tmp_path / "base"), str(tmp_path / "agent_0"), str(tmp_path / "merged"))
+    assert {p.dtype for p in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_prompts_of_training_items_have_to_fit_for_every_agent(llm):
+    lm, task = LanguageModel(llm("Qwen3")), get_task("strbuild")
+    task.eval_items, task.train_items = [{"string": "I"}], [{"string": "ICML"}]
+    task.palettes = [["stone"], ["oak_planks", "obsidian", "white_concrete"]]
+    short, long = (len(lm.render(history(task, Episode(task.train_items[0]), agent))) for agent in range(2))
+    assert short < long
+    with pytest.raises(ValueError, match=f"has {long} tokens; with {513 - long} new ones"):
+        load_models(llm("Qwen3"), task, 513 - long)
+    assert len(load_models(llm("Qwen3"), task, 512 - long)) == 2
 
 
 def test_load_models_shares_a_base(llm):

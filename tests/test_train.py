@@ -2,6 +2,7 @@
 import difflib
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import check_ranges, check_run_folder, cut_log, get_task, open_run_folder
+from tasks import (Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
+                   open_run_folder)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -117,6 +119,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, four_s
     assert log_of(again) == log_of(four_steps) and same_weights(again, four_steps)
     other = train("other", "--steps", 2, "--seed", 1)
     assert train_lines(other)[0]["loss/value"] != train_lines(four_steps)[0]["loss/value"]
+
+
+def test_how_often_a_team_is_evaluated_changes_nothing_else(train, four_steps):
+    often = train("often", "--steps", 4, "--eval_every", 1)
+    assert train_lines(often) == train_lines(four_steps) and same_weights(often, four_steps)
 
 
 def test_a_finished_run_can_be_made_longer(train, four_steps):
@@ -266,6 +273,76 @@ def test_monte_carlo_advantages_by_hand(inside, baseline):
     assert (baseline == "none") == bool((expected < 0).all())  # rewards are negative: nothing to compare with
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_actors_gradient_and_clipped_loss_by_hand(inside, script):
+    """The gradient of a first minibatch is that of - mean A log pi; then agents that have moved far, where clip counts."""
+    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--temperature", 0.7,
+                 *(["--group_size", 2] if script == "train_mc.py" else []))
+    lm, turns, ours = run["lms"][0], [turn for e in run["episodes"] for turn in e.turns], run["actor_parameters"]
+
+    def answers():
+        """Of every answer: each token's log pi now and when it was sampled, and its agent's advantage."""
+        for i in range(2):
+            for turn in turns:
+                logp, _ = lm.logprobs([f"agent_{i}"], [turn.prompts[i]], [turn.tokens[i]], 0.7)
+                yield logp, torch.tensor(turn.logps[i]), turn.advantages[i]
+
+    with torch.no_grad():
+        for key, p in lm.causal_lm.named_parameters():
+            if "lora_B" in key:
+                p.zero_()  # as before the step, which moved nothing else
+    assert all(torch.allclose(logp, sampled, atol=1e-4) for logp, sampled, _ in answers())
+    loss = -sum(advantage * logp.sum() for logp, _, advantage in answers()) / (2 * len(turns))
+    gradient = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, ours)])
+    state = run["actor_optimizer"].state
+    moment = torch.cat([state[p]["exp_avg"].flatten() for p in ours]) / 0.1  # Adam's first: the gradient, clipped to norm 1
+    assert run["stats"]["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+    assert torch.allclose(moment, gradient / max(1, gradient.norm()), atol=1e-4)
+    torch.manual_seed(0)
+    for p in ours:
+        p.data += 0.1 * torch.randn_like(p)
+    for turn in turns:
+        turn.advantages = [turn.advantages[0], -turn.advantages[1] / 2]  # to each agent its own
+    expected, kinds = 0.0, set()
+    with torch.no_grad():
+        for logp, sampled, advantage in answers():
+            for ratio in (logp - sampled).exp().tolist():  # a bound where going on would pay, none where going back would
+                used = min(ratio, 1.2) if advantage > 0 else max(ratio, 0.8)
+                expected -= used * advantage / (2 * len(turns))
+                kinds.add((advantage > 0, ratio > 1.2, ratio < 0.8))
+    assert len(kinds) == 6, "this test wants ratios on both sides of both bounds"
+    assert run["update_actors"](run["played" if script == "train_mc.py" else "episodes"])["loss/policy"] == pytest.approx(
+        expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_rank_without_running_episodes_draws_as_many_numbers_as_the_others(inside, script):
+    run = inside(script, "--steps", 0)
+    run["args"].ranks, ours, all_turns = 2, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    assert run["rollout"]([{"string": "I"}], ours) == []  # rank 0 has no share of one item
+    for _ in range(2):
+        torch.rand(1, 2, 24, generator=all_turns)
+    assert torch.equal(ours.get_state(), all_turns.get_state())
+
+
+def test_a_critic_keeps_the_scale_of_the_first_step_and_its_own_rate(inside, data):
+    run = inside("train_cc.py", "--steps", 2, "--save_every", 1, "--lr", 1e-4, "--critic_lr", 3e-3)
+    critic, returns = run["critics"][0], torch.tensor([e.returns(0.9) for e in run["episodes"] if len(e.turns) == 2])
+    assert not torch.allclose(critic.mean, returns.mean(0), atol=1e-3)  # the episodes are those of the second step
+    assert run["critic_optimizer"].param_groups[0]["lr"] == 3e-3 and run["actor_optimizer"].param_groups[0]["lr"] == 5e-5
+    saved = torch.load(run["args"].out_dir / "critic" / "value_head.pt", weights_only=True)
+    assert saved.keys() == critic.state_dict().keys() and all(torch.equal(saved[key], x) for key, x in critic.state_dict().items())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_held_out_items_are_not_trained_on(inside, script, tmp_path):
+    lines = [{"string": "I"}] + [{"string": word, "split": "eval"} for word in ("L", "T", "C", "1")]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    episodes = inside(script, "--steps", 1, "--data", tmp_path / "words.jsonl", "--top_p", 0.001)["episodes"]
+    assert [e.item["string"] for e in episodes] == ["I"] * 4
+    assert len({tuple(e.turns[0].responses) for e in episodes}) == 1  # a nucleus of one token leaves no choice
+
+
 @pytest.mark.parametrize("baseline", ["group", "loo"])
 def test_a_tree_by_hand(inside, baseline):
     """Two items, two joint actions at each turn: 8 episodes that consist of 12 joint actions."""
@@ -308,6 +385,12 @@ def test_a_group_plays_one_item_and_is_learned_from_together(inside, script):
     run = inside(script, "--steps", 1, "--group_size", 2, "--minibatches", 2)
     episodes = run["episodes"]
     assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
+    rng = random.Random(2)  # what was drawn: an item per group, then in each pass of critics and actors the groups' order
+    for _ in range(2):
+        rng.choice(run["task"].train_items)
+    for _ in range(2 * (len(run.get("critics", [])) + 1)):
+        run["minibatches"](episodes, 2, 2, rng)
+    assert run["rng"].getstate() == rng.getstate()
     parts = run["minibatches"](episodes, 2, 2, run["rng"])
     assert sorted([id(e) for e in part] for part in parts) == sorted([list(map(id, episodes[:2])), list(map(id, episodes[2:]))])
 
@@ -347,17 +430,27 @@ def resume_and_compare(train, folder, four_steps, *arguments):
     assert ours["rng"] == theirs["rng"] and torch.equal(ours["generator"], theirs["generator"])
 
 
-def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps):
-    folder = workplace.folder / "interrupted"
-    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", "interrupted", "--steps", 4, "--save_every", 99)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps, number):
+    folder = workplace.folder / f"interrupted-{number.name}"
+    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 4, "--save_every", 99)
     wait_for(run, folder / "log.jsonl", "train/reward")
-    os.kill(run.process.pid, signal.SIGINT)
+    os.kill(run.process.pid, number)
     run.process.join(60)
     assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
     assert "--resume" in run.out.read_text().splitlines()[-1]
     step = train_lines(folder)[-1]["step"]
     assert torch.load(folder / "train_state.pt", weights_only=False)["progress"]["step"] == step < 4
     resume_and_compare(train, folder, four_steps, "--save_every", 99)
+
+
+def test_control_c_before_there_is_anything_to_save(workplace, tmp_path):
+    run = workplace.start("train_cc.py", *SMALL, folder=tmp_path)
+    wait_for(run, run.err, "building")
+    os.kill(run.process.pid, signal.SIGINT)
+    run.process.join(60)
+    assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
+    assert "nothing to save yet" in run.out.read_text() and not (tmp_path / "out" / "cc-strbuild").exists()
 
 
 def test_an_evaluation_that_a_stop_cut_off_is_made_on_resume(workplace, data, train):
@@ -652,6 +745,31 @@ def test_play(workplace, four_steps):
     run = workplace.run("model.py", "four", "--string", "li", "--seed", 2 ** 63 - 1)
     assert run.code == 0, run.err[-2000:]
     assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
+
+
+def test_play_is_each_agent_with_its_own_adapter_history_and_dice(workplace, four_steps):
+    folder = workplace.folder / "apart"
+    shutil.copytree(four_steps, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "top_p": 0.9}
+    (folder / "config.json").write_text(json.dumps(config))
+    lms = [LanguageModel(workplace.tiny, rank=4) for _ in range(2)]
+    for i, lm in enumerate(lms):
+        torch.manual_seed(i)
+        for p in lm.add_adapter(f"agent_{i}"):
+            torch.nn.init.normal_(p, std=0.1)
+        lm.save_adapter(f"agent_{i}", str(folder))
+    run = workplace.run("model.py", "apart", "--string", "LI", "--seed", 5)
+    assert run.code == 0, run.err[-2000:]
+    task, episode, dice = get_task("strbuild", num_turns=2), Episode({"string": "LI"}), [
+        torch.Generator().manual_seed(5000 + i) for i in range(2)]
+    for t in range(2):
+        responses = []
+        for i, lm in enumerate(lms):
+            tokens, _ = lm.generate([f"agent_{i}"], [lm.render(history(task, episode, i))],
+                                    torch.rand(1, 24, generator=dice[i]), 0.7, 0.9)
+            responses += lm.decode(tokens)
+        episode.turns.append(Turn(None, None, None, responses, task.judge(episode.item, responses, t)))
+    assert dialogue(task, episode, False) in run.out
 
 
 def test_play_with_nothing_to_play(workplace, four_steps):
