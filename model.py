@@ -616,7 +616,7 @@ class LanguageModel:
             self.recurrent or masked_window or any(getattr(config, name, None) for name in (
                 # Llama 4's masks are peculiar, as are DeepSeek's keys; Gemma 3n's layers share them
                 "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers")))
-        self.shares = self.packs and not any(getattr(config, name, None) for name in ("sliding_window", "alibi"))
+        self.shares = self.packs and not getattr(config, "sliding_window", None)
         if self.packs:
             self.causal_lm.set_attn_implementation("packed")
         self.stays = device.startswith("cuda") or compiled  # memory for the longest answers is there from the beginning
