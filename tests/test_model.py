@@ -740,6 +740,8 @@ def test_a_critic_keeps_the_newest_tokens_and_counts_what_it_cut(folder):
     ids = whole.input_ids(history)
     assert whole.truncated == 0 and len(ids) > 12
     assert short.input_ids(history) == ids[-12:] and short.truncated == 1
+    exact = Critic(lm, "third", 2, len(ids))
+    assert exact.input_ids(history) == ids and exact.truncated == 0
     short.input_ids([[{"role": "user", "content": "I"}]])
     assert short.truncated == 1
 

@@ -325,6 +325,22 @@ def test_a_rank_without_running_episodes_draws_as_many_numbers_as_the_others(ins
     assert torch.equal(ours.get_state(), all_turns.get_state())
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_episode_that_is_good_enough_goes_no_further(inside, script):
+    run = inside(script, "--steps", 0)
+    judge_all = run["task"].judge_all
+
+    def generous(items, *rest):
+        outcomes = judge_all(items, *rest)
+        for item, outcome in zip(items, outcomes):
+            outcome.done = item["string"] == "I"
+        return outcomes
+
+    run["task"].judge_all = generous
+    episodes = run["rollout"]([{"string": "I"}, {"string": "L"}], torch.Generator().manual_seed(0))
+    assert [len(e.turns) for e in episodes] == [1, 2]
+
+
 def test_a_critic_keeps_the_scale_of_the_first_step_and_its_own_rate(inside, data):
     run = inside("train_cc.py", "--steps", 2, "--save_every", 1, "--lr", 1e-4, "--critic_lr", 3e-3)
     critic, returns = run["critics"][0], torch.tensor([e.returns(0.9) for e in run["episodes"] if len(e.turns) == 2])
@@ -560,6 +576,8 @@ def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, fou
     last = log_of(four_steps)[-1]
     assert f"eval step 4 | score {last['eval/score']:.1f} | reward {last['eval/reward']:.3f}" in run.out
     assert "other settings" not in run.out
+    played = (four_steps / "samples.txt").read_text().rsplit("=== step 4, ", 1)[1]
+    assert played.split("\n", 1)[1].strip() in run.out  # the trained agents' words
     raw = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "nothing", "--eval_only")
     first = log_of(four_steps)[0]
     assert f"eval step 0 | score {first['eval/score']:.1f} | reward {first['eval/reward']:.3f}" in raw.out
