@@ -12,9 +12,8 @@ After training critics are thrown away: each agent works with its own adapter an
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
 clipped updates per batch instead of one, at a rate that falls to 0, no gradient longer than 1; advantages normalised
-over the whole step; one output of V per turn t, in units of std_t, the spread of the first step's returns from there
-on; values are what a critic says when it first reads a minibatch, having learned from the step's earlier ones; sampling
-at temperature 1.
+over the whole step; one output of V per turn t, in units of std_t, the spread of the first step's returns; values are
+what a critic says when it first reads a minibatch, having learned from the step's earlier ones; temperature 1.
 
     python train_dc.py --task strbuild                 # CPU, nothing to download
     python train_dc.py --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...   # one GPU: see README
@@ -305,8 +304,7 @@ interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
 if args.resume and rank == 0:
-    with refusing(parser):
-        cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
+    refusing(parser)(cut_log)(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:

@@ -289,8 +289,7 @@ interrupted = []
 for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as SIGTERM
     signal.signal(number, lambda number, _: (interrupted.append(1), signal.signal(number, signal.SIG_DFL)))
 if args.resume and rank == 0:
-    with refusing(parser):
-        cut_log(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
+    refusing(parser)(cut_log)(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:
