@@ -41,7 +41,7 @@ def explained_variance(returns, values):
     return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
 
 
-def explained(returns, values):
+def explained_variance_stats(returns, values):
     """Explained variance for the log, over all turns and turn by turn; returns and values are [episode][turn].
 
     [[2, 1], [4, 3]] and [[3, 1.5], [3, 2.5]]: 0 at turn 0, where the values are equal, 0.75 at turn 1, 0.5 in all.

@@ -31,8 +31,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from critic import Critic, explained, td_targets
-from model import (check_model, gather, generate, join_ranks, load_models, load_state, memory_gb, micro_batches,
+from critic import Critic, explained_variance_stats, td_targets
+from model import (check_model, all_gather, generate, init_distributed, load_models, load_state, memory_gb, micro_batches,
                    optimizer_step)
 from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task,
                    history, mean, minibatches, open_run_folder, refusing, summary, write_atomic)
@@ -87,7 +87,7 @@ group.add_argument("--wandb", action="store_true", help="also log to Weights & B
 args = parser.parse_args()
 args.algorithm = ALGORITHM
 with refusing(parser):  # everything a person can get wrong is found before anything is built or loaded
-    rank, args.ranks, args.device = join_ranks(args.device)
+    rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name) is None})
@@ -175,17 +175,17 @@ def log(line):
 def rollout(items, generator):
     """Play one episode per item, each rank a share of them; all that still run answer a turn in one batch."""
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
-    episodes, memory = [Episode(item) for item in items[mine]], {}  # memory: keys and values of first prompts
+    episodes, prompt_cache = [Episode(item) for item in items[mine]], {}  # prompt_cache: keys and values of first prompts
     for t in range(args.num_turns):
-        luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
+        uniforms = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
         running = [k for k, e in enumerate(episodes) if not (e.turns and e.turns[-1].outcome.done)]
         if not running:
             continue  # generators of all ranks keep in step
         histories = {k: [history(task, episodes[k], i) for i in agents] for k in running}
         rows = [(k, i) for i in agents for k in running]  # agent by agent
         prompts = [lms[i].render(histories[k][i], args.max_new_tokens) for k, i in rows]
-        tokens, logps, texts = generate(lms, rows, prompts, torch.stack([luck[k, i] for k, i in rows]),
-                                        args.temperature, args.top_p, memory)
+        tokens, logps, texts = generate(lms, rows, prompts, torch.stack([uniforms[k, i] for k, i in rows]),
+                                        args.temperature, args.top_p, prompt_cache)
         answers = [texts[n::len(running)] for n in range(len(running))]  # per episode, one of each agent
         outcomes = task.judge_all([episodes[k].item for k in running], answers, t, [episodes[k].world for k in running])
         for n, k in enumerate(running):
@@ -193,7 +193,7 @@ def rollout(items, generator):
             episodes[k].turns.append(Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n],
                                           [critic.input_ids([histories[k][i] for i in reads[c]])
                                            for c, critic in enumerate(critics)]))
-    return gather(episodes)
+    return all_gather(episodes)
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ def set_advantages(episodes):
     for turn in turns:
         turn.advantages = [(advantage - center) / spread for advantage in turn.advantages]
     values = [[turn.values[c] for turn in e.turns] for c in range(len(critics)) for e in episodes]
-    return explained([e.returns(args.gamma) for e in episodes] * len(critics), values)
+    return explained_variance_stats([e.returns(args.gamma) for e in episodes] * len(critics), values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
 
@@ -241,10 +241,10 @@ def update_critics(episodes):
                 total += loss.item()
             optimizer_step(critic_optimizer, critic.weights)
             updates += 1
-        for k, t, value in gather([(k, t, turn.values[c]) for k, e in enumerate(episodes)
+        for k, t, value in all_gather([(k, t, turn.values[c]) for k, e in enumerate(episodes)
                                    for t, turn in enumerate(e.turns) if c in turn.values]):  # from all ranks
             episodes[k].turns[t].values[c] = value
-    return {"loss/value": sum(gather([total])) / updates}
+    return {"loss/value": sum(all_gather([total])) / updates}
 
 
 def update_actors(episodes):
@@ -269,8 +269,8 @@ def update_actors(episodes):
                     total += loss.item()
                     entropies.append((entropy.sum().item(), len(entropy)))
             norms.append(optimizer_step(actor_optimizer, actor_parameters))
-    entropy, num_tokens = map(sum, zip(*gather(entropies)))
-    return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / num_tokens,
+    entropy, num_tokens = map(sum, zip(*all_gather(entropies)))
+    return {"loss/policy": sum(all_gather([total])) / len(norms), "policy/entropy": entropy / num_tokens,
             "policy/grad_norm": mean(norms)}
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
-    dice, size = torch.Generator().manual_seed(1234), args.batch_size * args.ranks  # no more at once than in training
-    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], dice)]
+    eval_generator, size = torch.Generator().manual_seed(1234), args.batch_size * args.ranks  # no more at once than in training
+    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], eval_generator)]
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)
@@ -327,8 +327,8 @@ for step in bar:
     progress["step"] = step + 1
     for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
                        ("tokens", new_tokens), ("wall_s", t2 - t0),
-                       ("prompt/truncated", sum(gather([lm.truncated for lm in set(lms)]))),
-                       ("critic/truncated", sum(gather([critic.truncated for critic in critics])))]:
+                       ("prompt/truncated", sum(all_gather([lm.truncated for lm in set(lms)]))),
+                       ("critic/truncated", sum(all_gather([critic.truncated for critic in critics])))]:
         progress[name] += more
     line = progress | summary(episodes, "train", args.gamma, [lm.end for lm in lms]) | stats | {
         "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
@@ -338,7 +338,7 @@ for step in bar:
     tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.removeprefix('train/')} {line[key]:.4g}" for key in (
         "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
         "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
-    stop = gather(interrupted)
+    stop = all_gather(interrupted)
     if stop or (step + 1) % args.save_every == 0:
         save()
     if stop:

@@ -34,8 +34,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from critic import baselines, explained
-from model import (check_model, gather, generate, join_ranks, load_models, load_state, memory_gb, micro_batches,
+from critic import baselines, explained_variance_stats
+from model import (check_model, all_gather, generate, init_distributed, load_models, load_state, memory_gb, micro_batches,
                    optimizer_step)
 from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task,
                    history, mean, minibatches, open_run_folder, refusing, summary, write_atomic)
@@ -89,7 +89,7 @@ group.add_argument("--wandb", action="store_true", help="also log to Weights & B
 args = parser.parse_args()
 args.algorithm = ALGORITHM
 with refusing(parser):  # everything a person can get wrong is found before anything is built or loaded
-    rank, args.ranks, args.device = join_ranks(args.device)
+    rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name) is None})
@@ -182,9 +182,9 @@ def rollout(items, generator, share=lambda t: 1):
     The first of share(t) episodes plays turn t for all of them.
     """
     mine = slice(len(items) * rank // args.ranks, len(items) * (rank + 1) // args.ranks)
-    episodes, memory = [Episode(item) for item in items[mine]], {}  # memory: keys and values of first prompts
+    episodes, prompt_cache = [Episode(item) for item in items[mine]], {}  # prompt_cache: keys and values of first prompts
     for t in range(args.num_turns):
-        luck = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
+        uniforms = torch.rand(len(items), args.num_agents, args.max_new_tokens, generator=generator)[mine]
         running = [k for k in range(0, len(episodes), share(t))
                    if not (episodes[k].turns and episodes[k].turns[-1].outcome.done)]
         if not running:
@@ -192,8 +192,8 @@ def rollout(items, generator, share=lambda t: 1):
         histories = {k: [history(task, episodes[k], i) for i in agents] for k in running}
         rows = [(k, i) for i in agents for k in running]  # agent by agent
         prompts = [lms[i].render(histories[k][i], args.max_new_tokens) for k, i in rows]
-        tokens, logps, texts = generate(lms, rows, prompts, torch.stack([luck[k, i] for k, i in rows]),
-                                        args.temperature, args.top_p, memory)
+        tokens, logps, texts = generate(lms, rows, prompts, torch.stack([uniforms[k, i] for k, i in rows]),
+                                        args.temperature, args.top_p, prompt_cache)
         answers = [texts[n::len(running)] for n in range(len(running))]  # per episode, one of each agent
         outcomes = task.judge_all([episodes[k].item for k in running], answers, t, [episodes[k].world for k in running])
         for n, k in enumerate(running):
@@ -201,7 +201,7 @@ def rollout(items, generator, share=lambda t: 1):
             turn = Turn(prompts[own], tokens[own], logps[own], answers[n], outcomes[n])
             for e in episodes[k:k + share(t)]:
                 e.turns.append(turn)
-    return gather(episodes)
+    return all_gather(episodes)
 
 
 def joint_actions(episodes):
@@ -228,7 +228,7 @@ def set_advantages(episodes):
     for turn, ret, value in rows:  # not centered: that would be a baseline, too
         turn.advantages = [(ret - value) / spread] * len(agents)
     scale = torch.tensor([ret for _, ret, _ in rows]).var(correction=0).item() + 1e-9
-    return {"loss/value": spread ** 2 / scale} | explained(returns, values)
+    return {"loss/value": spread ** 2 / scale} | explained_variance_stats(returns, values)
 
 # --- update -----------------------------------------------------------------------------------------------------------
 
@@ -254,8 +254,8 @@ def update_actors(episodes):
                     total += loss.item()
                     entropies.append((entropy.sum().item(), len(entropy)))
             norms.append(optimizer_step(actor_optimizer, actor_parameters))
-    entropy, num_tokens = map(sum, zip(*gather(entropies)))
-    return {"loss/policy": sum(gather([total])) / len(norms), "policy/entropy": entropy / num_tokens,
+    entropy, num_tokens = map(sum, zip(*all_gather(entropies)))
+    return {"loss/policy": sum(all_gather([total])) / len(norms), "policy/entropy": entropy / num_tokens,
             "policy/grad_norm": mean(norms)}
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -263,8 +263,8 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
-    dice, size = torch.Generator().manual_seed(1234), args.batch_size * args.ranks  # no more at once than in training
-    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], dice)]
+    eval_generator, size = torch.Generator().manual_seed(1234), args.batch_size * args.ranks  # no more at once than in training
+    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], eval_generator)]
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)
@@ -314,7 +314,7 @@ for step in bar:
     progress["step"] = step + 1
     for name, more in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in played)),
                        ("tokens", new_tokens), ("wall_s", t2 - t0),
-                       ("prompt/truncated", sum(gather([lm.truncated for lm in set(lms)])))]:
+                       ("prompt/truncated", sum(all_gather([lm.truncated for lm in set(lms)])))]:
         progress[name] += more
     line = progress | summary(episodes, "train", args.gamma, [lm.end for lm in lms]) | stats | {
         "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
@@ -324,7 +324,7 @@ for step in bar:
     tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.removeprefix('train/')} {line[key]:.4g}" for key in (
         "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
         "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
-    stop = gather(interrupted)
+    stop = all_gather(interrupted)
     if stop or (step + 1) % args.save_every == 0:
         save()
     if stop:
