@@ -3,8 +3,7 @@ The critic estimates the value of a history: its own LoRA adapter on the shared 
 
 V(h) is computed from the last token's hidden state; no vocabulary logits are computed. CoLLM-CC has one centralized
 critic that reads the joint history, CoLLM-DC one critic per agent that reads that agent's own history. Critics are
-needed only in training, not for the trained agents. The Monte Carlo baselines, which take a critic's place, are here,
-too.
+needed only for training; trained agents work without. The Monte Carlo baselines, which replace a critic, are here, too.
 """
 import os
 
@@ -69,8 +68,8 @@ def critic_messages(histories):
     """The chat that a critic reads: the histories of the agents it serves, joined message by message.
 
     Text that is the same for every agent appears once, other texts one after another; a single history stays as it is.
-    [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message "Build I with
-    A.\nBuild I with B.". The rules (system messages) are omitted: they are the same in every history.
+    [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
+    "Build I with A.\nBuild I with B.". The rules (system messages) are omitted: they are the same in every history.
     """
     messages = []
     for parallel in zip(*histories):  # one message of each agent
@@ -121,7 +120,7 @@ class Critic(nn.Module):
         write_atomic(path, lambda part: torch.save(self.state_dict(), part))
 
     def forward(self, inputs, turns):
-        """V(h_t), shape (B,), unscaled, for B token-id lists and their turn numbers t."""
+        """V(h_t), on the scale of returns, shape (B,), for B token-id lists and their turn numbers t."""
         hidden = self.lm[0].hidden([self.name] * len(inputs), inputs, [len(ids) - 1 for ids in inputs])  # (B, C)
         turn = torch.tensor(turns, device=hidden.device)
         return self.mean[turn] + self.std[turn] * self.head(hidden.float()).gather(1, turn[:, None])[:, 0]

@@ -7,7 +7,7 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
     init_distributed, ...    data-parallel training on several GPUs or machines
 
 Shapes: B and R rows, T and N tokens, C hidden size, V vocabulary size, G answers per prompt, P prompt tokens, L slots
-of the KV cache, K keys, D head dimension.
+of the KV cache, Q queries, K keys, D head dimension.
 
     python model.py out/cc-strbuild --string CLIM      # run the trained team: one process per agent, no critic
     python model.py out/cc-strbuild --merge team       # team/agent_0, ...: plain models with merged adapters
@@ -305,7 +305,7 @@ def all_gather(items):
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for own in lists for item in own]
+    return [item for of_rank in lists for item in of_rank]
 
 
 def micro_batches(episodes, input_ids, size):
@@ -400,7 +400,7 @@ class Packed:
             if queries:
                 by_length[-(-len(keys) // self.BLOCK)].append((queries, keys))
         for call in by_length.values():
-            queries = padded([queries for queries, _ in call], N, self.ids.device)  # (n, L)
+            queries = padded([queries for queries, _ in call], N, self.ids.device)  # (n, Q)
             keys = padded([keys for _, keys in call], 0, self.ids.device)  # (n, K)
             out_index[queries] = torch.arange(offset, offset + queries.numel(), device=queries.device).view_as(queries)
             offset += queries.numel()
@@ -409,9 +409,9 @@ class Packed:
 
     @staticmethod
     def mask(query_position, keys, window, dtype):
-        """Additive mask (n, 1, L, K): -inf for keys after a query (causal) or outside its sliding window."""
+        """Additive mask (n, 1, Q, K): -inf for keys after a query (causal) or outside its sliding window."""
         query_position, key_position = query_position[:, :, None], torch.arange(keys.shape[1], device=keys.device)
-        masked = key_position > query_position  # (n, L, K)
+        masked = key_position > query_position  # (n, Q, K)
         if window:
             masked |= key_position <= query_position - window
         return torch.zeros(masked.shape, dtype=dtype, device=keys.device).masked_fill_(masked, -math.inf)[:, None]
@@ -427,11 +427,11 @@ class Packed:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N or past + N, heads, D)
         for queries, query_position, keys, masks in calls:
             q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-                       for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, L or K, D)
+                       for x, index in ((query, queries), (key, keys), (value, keys)))  # (n, heads, Q or K, D)
             if sliding_window not in masks:
                 masks[sliding_window] = Packed.mask(query_position, keys, sliding_window, q.dtype)
             out, _ = sdpa_attention_forward(module, q, k, v, masks[sliding_window], **options | {"is_causal": False})
-            outputs.append(out.flatten(0, 1))  # (n x L, heads, D)
+            outputs.append(out.flatten(0, 1))  # (n x Q, heads, D)
         return torch.cat(outputs).index_select(0, out_index)[None], None  # (1, N, heads, D)
 
 
@@ -448,7 +448,7 @@ def static_cache_attention(module, query, key, value, attention_mask, sliding_wi
     if sliding_window:
         outside = torch.arange(keys.shape[2], device=keys.device) <= cache_position[-1] - sliding_window
         attention_mask = attention_mask.masked_fill(outside, -math.inf)
-    (R, heads, G, D), n_rep = query.shape, query.shape[1] // keys.shape[1]  # query heads per KV head
+    (R, heads, G, D), n_rep = query.shape, query.shape[1] // keys.shape[1]  # n_rep: query heads per KV head
     mask = attention_mask.expand(-1, n_rep, -1, -1).reshape(R, 1, n_rep * G, -1)
     out = F.scaled_dot_product_attention(query.reshape(R, -1, n_rep * G, D), keys, values, mask, scale=scaling)
     return out.reshape(R, heads, G, D).transpose(1, 2).contiguous(), None
