@@ -1,10 +1,9 @@
 """
-The critic: how good is a history? A LoRA adapter of its own on the shared frozen base, and one linear value head.
+The critic estimates the value of a history: its own LoRA adapter on the shared frozen base, and a linear value head.
 
-V(h) is read from the hidden state of the last token of the history's text; no vocabulary logits are computed. CoLLM-CC
-has one critic that reads what all agents were shown and answered, CoLLM-DC one per agent that reads that agent's own
-history. Critics are needed in training only: a trained agent never sees one. The Monte Carlo baselines are here, too:
-they do what a critic would.
+V(h) is computed from the last token's hidden state; no vocabulary logits are computed. CoLLM-CC has one centralized
+critic that reads the joint history, CoLLM-DC one critic per agent that reads that agent's own history. Critics are
+needed only for training; trained agents work without. The Monte Carlo baselines, which replace a critic, are here, too.
 """
 import os
 
@@ -33,7 +32,7 @@ def td_targets(rewards, values, gamma, lam=0.0):
 
 
 def explained_variance(returns, values):
-    """Share of the returns' variance that the values predict: 1 is perfect, 0 no better than a constant.
+    """Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a constant.
 
     returns [1, 3], values [1.5, 2.5]: the errors [-0.5, 0.5] have variance 0.25, the returns 1, hence 0.75.
     """
@@ -41,8 +40,8 @@ def explained_variance(returns, values):
     return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
 
 
-def explained(returns, values):
-    """Explained variance for the log, over all turns and turn by turn; returns and values are [episode][turn].
+def explained_variance_stats(returns, values):
+    """Explained variance for the log, over all turns and for each turn; returns and values are [episode][turn].
 
     [[2, 1], [4, 3]] and [[3, 1.5], [3, 2.5]]: 0 at turn 0, where the values are equal, 0.75 at turn 1, 0.5 in all.
     """
@@ -53,11 +52,11 @@ def explained(returns, values):
 
 
 def baselines(returns, kind):
-    """Monte Carlo baselines of the returns of a group: joint actions on the same item at the same turn.
+    """Monte Carlo baselines for the returns of a group: joint actions on the same item at the same turn.
 
     [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
-    of the others, and [0, 0, 0] with "none" (MAREINFORCE). One that plays on alone has nothing but itself: [5] gives
-    [5].
+    of the others, and [0, 0, 0] with "none" (MAREINFORCE). A group of one is its own baseline: [5] gives [5], unless
+    the kind is "none".
     """
     total, n = sum(returns), len(returns)
     if kind == "none":
@@ -66,33 +65,33 @@ def baselines(returns, kind):
 
 
 def critic_messages(histories):
-    """The chat a critic reads, made of the histories of the agents it serves, message by message.
+    """The chat that a critic reads: the histories of the agents it serves, joined message by message.
 
-    What every agent was shown in the same words stands once; the rest follows agent by agent. With one history it is
-    that history. [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
-    "Build I with A.\nBuild I with B.". The rules are left out: they are the same in every history.
+    Text that is the same for every agent appears once, other texts one after another; a single history stays as it is.
+    [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
+    "Build I with A.\nBuild I with B.". The rules (system messages) are omitted: they are the same in every history.
     """
     messages = []
-    for together in zip(*histories):
-        texts = [message["content"].strip() for message in together]
+    for parallel in zip(*histories):  # one message of each agent
+        texts = [message["content"].strip() for message in parallel]
         texts = texts[:1] if len(set(texts)) == 1 else texts
-        if together[0]["role"] != "system":
-            messages.append({"role": together[0]["role"], "content": "\n".join(texts)})
+        if parallel[0]["role"] != "system":
+            messages.append({"role": parallel[0]["role"], "content": "\n".join(texts)})
     return messages
 
 
 class Critic(nn.Module):
-    """V(h_t) = mean_t + std_t x head_t(hidden state of the last token); mean_t, std_t are those of the first returns.
+    """V(h_t) = mean_t + std_t x head_t(last token's hidden state); mean_t and std_t are of the first step's returns.
 
-    One output of the head per turn, because how many turns are left decides most of the return and a history that
-    keeps only the last answer does not tell; scaled, because a critic that starts at 0 when returns are near -7 feeds
-    the actors nonsense until it has caught up.
+    The head has one output per turn: the number of turns left determines most of the return, but cannot be inferred
+    from a history that keeps only the last answer. It is scaled: a critic that starts at 0 when returns are near -7
+    would bootstrap nonsense for the actors until it has caught up.
     """
 
     def __init__(self, lm, name, num_turns, max_tokens):
-        """lm: the LanguageModel it lives on; name: its adapter's; max_tokens: the longest text it reads."""
+        """lm: the LanguageModel that gets its adapter; name: the adapter's; max_tokens: longest input, in tokens."""
         super().__init__()
-        self.lm, self.name, self.truncated = [lm], name, 0  # a list: not a submodule
+        self.lm, self.name, self.truncated = [lm], name, 0  # lm in a list, so that it is not a submodule
         self.max_tokens = min(max_tokens, lm.context)
         self.head = nn.Linear(lm.hidden_size, num_turns, device=lm.device)
         self.weights = [*lm.add_adapter(name), *self.head.parameters()]
@@ -102,26 +101,26 @@ class Critic(nn.Module):
         self.register_buffer("std", torch.ones(num_turns, device=lm.device))
 
     def input_ids(self, histories):
-        """Token ids of the text to read; a text above max_tokens loses its oldest tokens, and that is counted."""
+        """Token ids of the critic's input, truncated on the left to max_tokens; truncations are counted."""
         ids = self.lm[0].render(critic_messages(histories))
         self.truncated += len(ids) > self.max_tokens
         return ids[-self.max_tokens:]
 
     def set_scale(self, returns):
-        """returns: those of each episode's turns. From head t, 0 then means their mean at turn t, 1 one std more."""
+        """Set mean_t and std_t from returns [episode][turn]: output 0 of head t is then the mean return at turn t."""
         for t in range(len(self.mean)):
             at_t = torch.tensor([ret[t] for ret in returns if len(ret) > t])
             if len(at_t):
                 self.mean[t], self.std[t] = at_t.mean(), at_t.std(correction=0).clamp(min=0.1)
 
     def save(self, out_dir):
-        """Write out_dir/NAME/: the adapter as PEFT does, and value_head.pt with head, mean and std."""
+        """Save out_dir/NAME/: the adapter in PEFT's format, and value_head.pt with head, mean and std."""
         self.lm[0].save_adapter(self.name, out_dir)
         path = os.path.join(out_dir, self.name, "value_head.pt")
         write_atomic(path, lambda part: torch.save(self.state_dict(), part))
 
     def forward(self, inputs, turns):
-        """V(h_t) of B token-id lists and their turn numbers t, in units of return, shape (B,)."""
+        """V(h_t), on the scale of returns, shape (B,), for B token-id lists and their turn numbers t."""
         hidden = self.lm[0].hidden([self.name] * len(inputs), inputs, [len(ids) - 1 for ids in inputs])  # (B, C)
         turn = torch.tensor(turns, device=hidden.device)
         return self.mean[turn] + self.std[turn] * self.head(hidden.float()).gather(1, turn[:, None])[:, 0]

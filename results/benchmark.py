@@ -156,8 +156,8 @@ def ours(job):
     def longest(texts):
         return max(map(len, texts))
 
-    watch(LanguageModel, "generate", lambda names, prompts, luck, *_: (
-        "rollout", len(set(zip(names, map(tuple, prompts)))), longest(prompts), luck.shape[1], len(names)))
+    watch(LanguageModel, "generate", lambda names, prompts, uniforms, *_: (
+        "rollout", len(set(zip(names, map(tuple, prompts)))), longest(prompts), uniforms.shape[1], len(names)))
     watch(LanguageModel, "logprobs", lambda names, prompts, tokens, *_: (
         "update", len(names), longest(prompts) + longest(tokens) - 1, longest(tokens)))
     watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0))

@@ -102,8 +102,8 @@ def kept_by_a_layer(shape, tokens=128):
         lm = LanguageModel.__new__(LanguageModel)
         lm.causal_lm = AutoModelForCausalLM.from_config(config_of(shape, layers, 64), dtype=torch.bfloat16)
         lm.causal_lm.requires_grad_(False)
-        lm.peft, lm.rank, lm.folded, lm.small, lm.siblings, lm.device, lm.end = None, 16, [], False, [], "cpu", 0
-        lm.targets = "all-linear"
+        lm.peft, lm.rank, lm.siblings, lm.device, lm.end = None, 16, [], "cpu", 0
+        lm.merged_adapters, lm.can_merge, lm.target_modules = [], False, "all-linear"
         lm.add_adapter("agent_0")
         lm.set_rows(["agent_0"])
         fixed = {p.untyped_storage().data_ptr() for p in lm.causal_lm.parameters()}

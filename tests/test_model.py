@@ -14,8 +14,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
                           MistralConfig, MixtralConfig, OPTConfig, Phi3Config, PhimoeConfig, Qwen3Config, RwkvConfig)
 
 import model
-from critic import Critic, baselines, critic_messages, explained, explained_variance, td_targets
-from model import LanguageModel, Packed, build_tiny, micro_batches, padded, record, tiny_tokenizer, train_bpe, unfinished
+from critic import Critic, baselines, critic_messages, explained_variance, explained_variance_stats, td_targets
+from model import LanguageModel, Packed, build_tiny, jit_trace, micro_batches, padded, rows_to_keep, tiny_tokenizer, train_bpe
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -82,7 +82,7 @@ def team(folder, names=("agent_0", "agent_1", "critic")):
     return lm
 
 
-def luck(B, T, seed=0):
+def uniforms(B, T, seed=0):
     """The random numbers of B rows that may sample T tokens each."""
     return torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
 
@@ -149,7 +149,7 @@ def test_every_chat_format_is_spoken_and_its_end_is_known(name, tokenizers, tmp_
     more = talk + [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Again."}]
     assert lm.tokenizer.decode(lm.render(more)).startswith(expected[:20]) and "Again." in lm.tokenizer.decode(lm.render(more))
     likely_to_end(lm)
-    tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, luck(8, 16))
+    tokens, _ = lm.generate(["agent_0"] * 8, [lm.render(more)] * 8, uniforms(8, 16))
     assert {answer[-1] for answer in tokens if len(answer) < 16} == {lm.end}
 
 
@@ -168,7 +168,7 @@ def test_a_base_model_without_a_chat_format_reads_its_first_token_all_the_same(t
 def test_a_broken_chat_template_is_one_sentence(template, said, tokenizers, tmp_path):
     tokenizer = copy.deepcopy(tokenizers[1])
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="no model id that can be loaded: .*" + said) as refused:
+    with pytest.raises(ValueError, match="no model folder or id that can be loaded: .*" + said) as refused:
         model.check_model(make_folder(CONFIGS["llama"], tmp_path, tokenizer), 2)
     assert "\n" not in str(refused.value)
 
@@ -256,7 +256,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
     lm = team(folder)
     likely_to_end(lm)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 6, prompts_of(lm, 12)
-    tokens, logps = lm.generate(names, prompts, luck(12, 24), temperature)
+    tokens, logps = lm.generate(names, prompts, uniforms(12, 24), temperature)
     lengths = [len(answer) for answer in tokens]
     assert len(set(lengths)) > 3 and min(lengths) < 12, "the test needs answers of different lengths"
     assert [len(logp) for logp in logps] == lengths and max(lengths) <= 24
@@ -273,8 +273,8 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
 def test_models_with_peculiar_masks_and_logits(name, small, tokenizers, tmp_path):
     """Sampled, recomputed and plain log-probabilities are one and the same for these, too."""
     lm = team(make_folder(PECULIAR[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
-    lm.small &= small
-    LanguageModel(str(tmp_path)).check_itself()
+    lm.can_merge &= small
+    LanguageModel(str(tmp_path)).self_test()
     for agent in ("agent_0", "agent_1"):
         lm.save_adapter(agent, str(tmp_path))
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -282,7 +282,7 @@ def test_models_with_peculiar_masks_and_logits(name, small, tokenizers, tmp_path
     peft.load_adapter(tmp_path / "agent_1", adapter_name="agent_1")
     prompts = prompts_of(lm, 6)
     for names in (["agent_0"] * 6, ["agent_0"] * 4 + ["agent_1"] * 2):
-        tokens, logps = lm.generate(names, prompts, luck(6, 24))
+        tokens, logps = lm.generate(names, prompts, uniforms(6, 24))
         again, _ = lm.logprobs(names, prompts, tokens)
         plain = []
         for name, prompt, answer in zip(names, prompts, tokens):
@@ -300,30 +300,30 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
         model.load_models(rwkv, get_task("strbuild"), 8)
     llama = make_folder(CONFIGS["llama"], tmp_path / "llama", tokenizers[1])
     fine = LanguageModel(llama)
-    fine.check_itself()
+    fine.self_test()
     assert not any("lora_" in key for key, _ in fine.causal_lm.named_parameters())  # nothing of the check is left
     lm = LanguageModel(llama)
     lm.logit_scale = 0.9
     with pytest.raises(ValueError, match="log-probabilities differ by"):
-        lm.check_itself()
+        lm.self_test()
     lm = LanguageModel(llama)
     logprobs = lm.logprobs
     monkeypatch.setattr(lm, "logprobs", lambda *rows: (logprobs(*rows)[0] * float("nan"), None))
     with pytest.raises(ValueError, match="log-probabilities differ by nan"):
-        lm.check_itself()
+        lm.self_test()
     lm = LanguageModel(llama)  # one that decodes badly, and would end its answers before it does
     likely_to_end(lm)
     forward = lm.causal_lm.forward
     lm.causal_lm.forward = lambda **inputs: forward(**inputs | {"position_ids": inputs["position_ids"] * 0} if inputs[
         "input_ids"].shape[1] < 3 and "position_ids" in inputs else inputs)
     with pytest.raises(ValueError, match="log-probabilities differ by"):
-        lm.check_itself()
+        lm.self_test()
     lm = LanguageModel(llama)  # one that goes wrong where it remembers the turn before
     again = lm.causal_lm.forward
     lm.causal_lm.forward = lambda **inputs: again(**inputs | ({"position_ids": inputs["position_ids"] * 0} if inputs.get(
         "past_key_values") is not None and inputs["past_key_values"].get_seq_length() else {}))
     with pytest.raises(ValueError, match="log-probabilities differ by"):
-        lm.check_itself()
+        lm.self_test()
 
 
 class Waiting(TorchDispatchMode):
@@ -340,7 +340,7 @@ def test_a_step_of_sampling_reads_no_number(name, tokenizers, tmp_path):
     config = (CONFIGS | PECULIAR).get(name) or (lambda **ids: (Phi3Config if name == "longrope" else LlamaConfig)(
         **SHAPE, num_key_value_heads=2, rope_parameters=ropes[name], original_max_position_embeddings=256, **ids))
     lm = team(make_folder(config, tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
-    lm.stays, lm.small = True, False
+    lm.static_cache, lm.can_merge = True, False
     forward, steps = lm.causal_lm.forward, []
 
     def watched(**inputs):
@@ -350,7 +350,7 @@ def test_a_step_of_sampling_reads_no_number(name, tokenizers, tmp_path):
 
     lm.causal_lm.forward = watched
     prompts = [prompt[-100:] for prompt in prompts_of(lm, 4)]
-    tokens, logps = lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts, luck(4, 8))
+    tokens, logps = lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts, uniforms(4, 8))
     assert steps[1:] == [1] * 7
     lm.save_adapter("agent_1", str(tmp_path))
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_1")
@@ -365,7 +365,7 @@ def test_positions_that_depend_on_other_rows_are_not_reached(tokenizers, tmp_pat
                           tmp_path / "phi3", tokenizers[1]))
     prompts = [lm.render([{"role": "user", "content": "A" * n}], 20) for n in (4, 60)]
     assert lm.truncated == 1 and len(prompts[0]) < len(prompts[1]) == 44
-    tokens, logps = lm.generate(["agent_0"] * 2, prompts, luck(2, 20))
+    tokens, logps = lm.generate(["agent_0"] * 2, prompts, uniforms(2, 20))
     again, _ = lm.logprobs(["agent_0"], prompts[:1], tokens[:1])
     assert torch.allclose(torch.tensor(logps[0]), again, atol=1e-4)
 
@@ -377,7 +377,7 @@ def test_padded_makes_lists_one_length():
 
 def test_an_answer_that_is_cut_has_no_end_token(folder):
     lm = team(folder)
-    tokens, logps = lm.generate(["agent_0"] * 4, prompts_of(lm, 4), luck(4, 1))
+    tokens, logps = lm.generate(["agent_0"] * 4, prompts_of(lm, 4), uniforms(4, 1))
     assert all(len(answer) == len(logp) == 1 for answer, logp in zip(tokens, logps))
 
 
@@ -506,7 +506,7 @@ def test_sampling_follows_the_probabilities(workplace):
 def test_log_probabilities_are_those_before_top_p_and_entropies_by_hand(folder):
     lm = team(folder)
     prompts = prompts_of(lm, 4)
-    tokens, logps = lm.generate(["agent_0"] * 4, prompts, luck(4, 8), 0.7, top_p=0.5)
+    tokens, logps = lm.generate(["agent_0"] * 4, prompts, uniforms(4, 8), 0.7, top_p=0.5)
     again, entropy = lm.logprobs(["agent_0"] * 4, prompts, tokens, 0.7)
     assert torch.allclose(again, torch.tensor(sum(logps, [])), atol=1e-4)
     lm.set_rows(["agent_0"])
@@ -526,11 +526,11 @@ def test_a_row_samples_the_same_alone_and_in_company(folder):
     lm = team(folder)
     likely_to_end(lm)
     prompts = prompts_of(lm, 8)
-    one, _ = lm.generate(["agent_0"] * 8, prompts, luck(8, 16, 3))
-    two, _ = lm.generate(["agent_0"] * 8, prompts, luck(8, 16, 3))
+    one, _ = lm.generate(["agent_0"] * 8, prompts, uniforms(8, 16, 3))
+    two, _ = lm.generate(["agent_0"] * 8, prompts, uniforms(8, 16, 3))
     assert one == two
     # other company in rows 4..7, of other lengths: rows 0..3 keep their answers
-    three, _ = lm.generate(["agent_0"] * 4 + ["agent_1"] * 4, prompts, luck(8, 16, 3))
+    three, _ = lm.generate(["agent_0"] * 4 + ["agent_1"] * 4, prompts, uniforms(8, 16, 3))
     assert three[:4] == one[:4] and three[4:] != one[4:]
 
 
@@ -552,7 +552,7 @@ def test_packed_rows_have_the_values_and_gradients_of_rows_read_alone(name, toke
     """Histories that grow, answers of a group, equal rows; sequences of many attention blocks; sliding windows."""
     monkeypatch.setattr(Packed, "BLOCK", 16)
     lm, tokens_read = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"]), []
-    assert lm.packs
+    assert lm.can_pack
     one, two = [random.Random(seed).choices(range(5, 200), k=50) for seed in (1, 2)]
     prompts = [one, one, one + two, two, one + two + one, one[:20], one, one + two]
     answers = [[5, 6, 7], [5, 6], [8] * 20, [9], [10, 11], [12], [5, 6, 7], [13]]
@@ -571,7 +571,7 @@ def test_packed_rows_have_the_values_and_gradients_of_rows_read_alone(name, toke
     assert tokens_read == [(50 + 2 + 50 + 19 + 50 + 1) + 50 + (50 + 2 + 50)]
     hook.remove()
     for packs, batches in [(True, [[row] for row in rows]), (False, [[row] for row in rows]), (False, [rows[:6], rows[6:]])]:
-        lm.packs = packs
+        lm.can_pack = packs
         again, other = gradients(batches)
         assert torch.allclose(values, again, atol=1e-4)
         assert grads.keys() == other.keys() and all(torch.allclose(grads[key], other[key], atol=1e-3, rtol=1e-3) for key in grads)
@@ -583,15 +583,15 @@ def test_what_was_read_at_the_first_turn_is_not_read_again(name, tokenizers, tmp
     monkeypatch.setattr(Packed, "BLOCK", 16)
     lm, reads = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"]), []
     one, two, other = [random.Random(seed).choices(range(5, 200), k=50) for seed in (1, 2, 3)]
-    rows, memory = [(k, i) for i in (0, 1) for k in range(10)], {}
-    lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], luck(20, 3), rows=rows, memory=memory)
+    rows, prompt_cache = [(k, i) for i in (0, 1) for k in range(10)], {}
+    lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], uniforms(20, 3), 1.0, 1.0, rows, prompt_cache)
     rows = [row for row in rows if row not in [(1, 0), (2, 1)]]
     later = {0: one + two, 2: one + [7], 3: two[:30] + other, 4: one, 5: two[:20], 6: other, 7: two + one, 8: one + two, 9: two}
-    names, prompts, dice = [f"agent_{i}" for _, i in rows], [later.get(k, two + [8]) for k, _ in rows], luck(18, 3)
+    names, prompts, draws = [f"agent_{i}" for _, i in rows], [later.get(k, two + [8]) for k, _ in rows], uniforms(18, 3)
     hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].numel()))
-    tokens, logps = lm.generate(names, prompts, dice, rows=rows, memory=memory)
+    tokens, logps = lm.generate(names, prompts, draws, row_ids=rows, prompt_cache=prompt_cache)
     hook.remove()
-    again = lm.generate(names, prompts, dice)
+    again = lm.generate(names, prompts, draws)
     assert tokens == again[0] and torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(again[1], [])), atol=1e-4)
     # agent 0's rows 0 and 2 to 9, agent 1's 0, 1 and 3 to 7, then its 8 and 9
     assert reads[:2] == [(50 + 1 + 50 + 1 + 1 + 50 + 50 + 0 + 1) + (50 + 1 + 50 + 1 + 1 + 50 + 50), 50 + 1]
@@ -603,7 +603,7 @@ def test_a_prompt_that_a_group_shares_is_read_once(folder):
     one, two, other = prompts_of(lm, 3)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 4, [one, two, one, one, two, one] + [one, other, other, other]
     hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].numel()))
-    tokens, logps = lm.generate(names, prompts, luck(10, 8))
+    tokens, logps = lm.generate(names, prompts, uniforms(10, 8))
     hook.remove()
     def distinct(*sequences):
         return len({tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)})
@@ -616,17 +616,17 @@ def test_answers_of_a_group_are_those_that_each_row_gives_alone(folder):
     """Four answers to each prompt end at different lengths; in another order they share no row of the batch."""
     lm = team(folder)
     likely_to_end(lm)
-    prompts, dice, memory = prompts_of(lm, 6), luck(24, 16, 3), {}
+    prompts, draws, prompt_cache = prompts_of(lm, 6), uniforms(24, 16, 3), {}
     names, prompts = ["agent_0"] * 12 + ["agent_1"] * 12, [prompts[k // 4] for k in range(24)]
     shapes = []
     hook = lm.causal_lm.get_input_embeddings().register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
-    tokens, logps = lm.generate(names, prompts, dice, rows=list(range(24)), memory=memory)
+    tokens, logps = lm.generate(names, prompts, draws, row_ids=list(range(24)), prompt_cache=prompt_cache)
     hook.remove()
     assert shapes[1] == (6, 4) and len({len(answer) for answer in tokens}) > 2
-    assert [memory[k][0] for k in range(24)] == prompts
+    assert [prompt_cache[k][0] for k in range(24)] == prompts
     order = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
     order += [12 + k for k in order]
-    other, others = lm.generate(names, [prompts[k] for k in order], dice[order])
+    other, others = lm.generate(names, [prompts[k] for k in order], draws[order])
     assert other == [tokens[k] for k in order]
     assert torch.allclose(torch.tensor(sum(others, [])), torch.tensor(sum([logps[k] for k in order], [])), atol=1e-4)
 
@@ -703,10 +703,10 @@ def test_one_turn_with_lam_one_is_return_minus_value():
 
 
 def test_explained_by_hand():
-    numbers = explained([[2, 1], [4, 3]], [[3, 1.5], [3, 2.5]])
+    numbers = explained_variance_stats([[2, 1], [4, 3]], [[3, 1.5], [3, 2.5]])
     assert numbers["value/explained_variance"] == pytest.approx(0.5)
     assert numbers["value/explained_variance_by_turn"] == pytest.approx([0, 0.75])
-    assert len(explained([[2, 1], [4]], [[3, 1.5], [3]])["value/explained_variance_by_turn"]) == 2  # one ended early
+    assert len(explained_variance_stats([[2, 1], [4]], [[3, 1.5], [3]])["value/explained_variance_by_turn"]) == 2  # one ended early
 
 
 def test_baselines_by_hand():
@@ -788,61 +788,61 @@ def test_the_gpu_that_was_asked_for_is_the_current_one(monkeypatch, folder):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Exception):  # there is none here
         LanguageModel(folder, "cuda:1")
-    assert current == ["cuda:1"] and model.join_ranks("cuda:1") == (0, 1, "cuda:1")
+    assert current == ["cuda:1"] and model.init_distributed("cuda:1") == (0, 1, "cuda:1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="not cuda:2"):
-        model.join_ranks("cuda")
+        model.init_distributed("cuda")
 
 
-def test_steps_are_recorded_unless_python_decides_in_them():
-    recorded = record(lambda x, columns: x[:, :columns.shape[0]].sum(1), (torch.ones(2, 5), torch.arange(3)))
-    assert isinstance(recorded, torch.jit.ScriptFunction)
-    assert recorded(torch.ones(4, 9), torch.arange(7)).tolist() == [7.0] * 4  # of other sizes, too
+def test_steps_are_traced_unless_python_decides_in_them():
+    traced = jit_trace(lambda x, slots: x[:, :slots.shape[0]].sum(1), (torch.ones(2, 5), torch.arange(3)))
+    assert isinstance(traced, torch.jit.ScriptFunction)
+    assert traced(torch.ones(4, 9), torch.arange(7)).tolist() == [7.0] * 4  # of other sizes, too
 
     def step(x):
         return x + 1 if x.sum() > 0 else x - 1
 
-    assert record(step, (torch.ones(2),)) is step
+    assert jit_trace(step, (torch.ones(2),)) is step
 
 
 def test_rows_that_go_on():
     for busy, groups, rows in (([1, 0, 0, 1], 1, [0, 3]), ([1, 0, 0, 1], 2, [0, 3]), ([1, 1, 0, 1], 1, [0, 1, 3]),
                                ([1, 1, 0, 1], 2, [0, 1, 3, 2]), ([1, 1, 0, 0], 2, [0, 1]), ([0, 1, 1, 0, 0, 0], 2, [1, 2])):
-        assert unfinished(torch.tensor(busy).bool(), groups).tolist() == rows
+        assert rows_to_keep(torch.tensor(busy).bool(), groups).tolist() == rows
 
 
 @pytest.mark.parametrize("name", ["neox", "qwen3", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_answers_written_in_memory_that_stays(name, top_p, tokenizers, tmp_path, monkeypatch):
-    """Recorded or not, as a CPU or a GPU does it: groups, agents, prompts of any length, windows, answers that end."""
+def test_answers_sampled_with_a_static_cache(name, top_p, tokenizers, tmp_path, monkeypatch):
+    """Traced or not, as a CPU or a GPU does it: groups, agents, prompts of any length, windows, answers that end."""
     lm = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"])
     likely_to_end(lm)
     prompts = [prompt for prompt in prompts_of(lm, 6) for _ in range(2)]
-    names, dice = ["agent_0"] * 6 + ["agent_1"] * 6, luck(12, 40, 5)
-    usual, shares = lm.packs, lm.shares
+    names, draws = ["agent_0"] * 6 + ["agent_1"] * 6, uniforms(12, 40, 5)
+    usual, shares = lm.can_pack, lm.can_share_prompts
     results = []
-    for packs, recorded, stays in ((False, False, False), (True, True, False), (True, False, False), (True, False, True)):
-        lm.packs, lm.shares, lm.stays, lm.recorded = usual and packs, shares and packs, stays, {}
-        monkeypatch.setattr(model, "record", record if recorded else lambda step, state: step)
-        results.append(lm.generate(names, prompts, dice, 1.0, top_p))
-        if recorded:  # of models whose adapters fold, once for all calls
-            steps = list(lm.recorded.values())
-            assert [type(step) for step in steps] == [torch.jit.ScriptFunction] * (usual and lm.small)
-            assert lm.generate(names, prompts, dice, 1.0, top_p) == results[-1] and list(lm.recorded.values()) == steps
+    for packs, traced, static in ((False, False, False), (True, True, False), (True, False, False), (True, False, True)):
+        lm.can_pack, lm.can_share_prompts, lm.static_cache, lm.traced_steps = usual and packs, shares and packs, static, {}
+        monkeypatch.setattr(model, "jit_trace", jit_trace if traced else lambda step, state: step)
+        results.append(lm.generate(names, prompts, draws, 1.0, top_p))
+        if traced:  # of models whose adapters are merged, once for all calls
+            steps = list(lm.traced_steps.values())
+            assert [type(step) for step in steps] == [torch.jit.ScriptFunction] * (usual and lm.can_merge)
+            assert lm.generate(names, prompts, draws, 1.0, top_p) == results[-1] and list(lm.traced_steps.values()) == steps
     (tokens, logps), *others = results
     assert len({len(answer) for answer in tokens}) > 3
     for again, others in others:
         assert again == tokens
         assert torch.allclose(torch.tensor(sum(logps, [])), torch.tensor(sum(others, [])), atol=1e-4)
-    assert lm.generate(names, prompts, dice[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, dice)[0]]
-    lm.stays, lm.recorded = False, {}
-    monkeypatch.setattr(model, "record", record)
+    assert lm.generate(names, prompts, draws[:, :1])[0] == [answer[:1] for answer in lm.generate(names, prompts, draws)[0]]
+    lm.static_cache, lm.traced_steps = False, {}
+    monkeypatch.setattr(model, "jit_trace", jit_trace)
     went_on = []
-    monkeypatch.setattr(model, "unfinished", lambda busy, groups: went_on.append((len(busy), groups, unfinished(busy, groups)))
+    monkeypatch.setattr(model, "rows_to_keep", lambda busy, groups: went_on.append((len(busy), groups, rows_to_keep(busy, groups)))
                         or went_on[-1][2])
-    for rows in ([0], [0, 2, 4], [0, 6], range(0, 12, 2), range(0, 12, 5), range(2), range(4), range(12)):  # recorded with one row
-        some = lm.generate([names[row] for row in rows], [prompts[row] for row in rows], dice[list(rows)], 1.0, top_p)[0]
+    for rows in ([0], [0, 2, 4], [0, 6], range(0, 12, 2), range(0, 12, 5), range(2), range(4), range(12)):  # traced with one row
+        some = lm.generate([names[row] for row in rows], [prompts[row] for row in rows], draws[list(rows)], 1.0, top_p)[0]
         assert some == [tokens[row] for row in rows]
     counts = [sum(row < length // 2 for row in rows.tolist()) * 2 - len(rows) for length, groups, rows in went_on if groups == 2]
     assert any(counts) == usual  # of one agent more than of the other

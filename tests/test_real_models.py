@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, luck, make_folder, plain_logprobs, prompts_of, team
+from test_model import CONFIGS, LOOP, PECULIAR, SHAPE, make_folder, plain_logprobs, prompts_of, team, uniforms
 from test_train import train_lines, wait_for, weights_of
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
@@ -150,7 +150,7 @@ def test_agents_with_different_bases(script, llm, inside, workplace):
         merged = workplace.run("model.py", folder, "--merge", folder / "plain")
         assert merged.code == 0 and {"agent_0", "agent_1"} == set(os.listdir(folder / "plain")), merged.err[-2000:]
         again = workplace.run("model.py", folder, "--merge", folder / "plain")
-        assert again.code == 2 and "is there already" in again.err and again.err.count("\n") == 1
+        assert again.code == 2 and "already exists" in again.err and again.err.count("\n") == 1
 
 
 # --- memory: checkpointed activations change nothing but memory ----------------------------------------------------------
@@ -160,7 +160,7 @@ def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, l
     grads, runs = [], []
     folder = llm(name) if name in LLMS else make_folder(PECULIAR[name], tmp_path, AutoTokenizer.from_pretrained(llm("Qwen3")))
     for checkpointing in (False, True):
-        lm = LanguageModel(folder, rank=4, checkpointing=checkpointing)
+        lm = LanguageModel(folder, rank=4, gradient_checkpointing=checkpointing)
         assert not lm.causal_lm.training  # opt has dropout
         torch.manual_seed(0)
         for agent in ("agent_0", "agent_1"):
@@ -169,7 +169,7 @@ def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, l
             if p.requires_grad:
                 p.data = torch.randn_like(p) * 0.2
         prompts = [prompt[-200:] for prompt in prompts_of(lm, 4)]
-        tokens, _ = lm.generate(["agent_0"] * 4, prompts, luck(4, 12))  # sampling in between keeps its cache
+        tokens, _ = lm.generate(["agent_0"] * 4, prompts, uniforms(4, 12))  # sampling in between keeps its cache
         attention = [m for key, m in lm.causal_lm.named_modules() if key.endswith(("self_attn", ".attn"))]
         count = []
         for module in attention:
@@ -189,9 +189,9 @@ def test_a_bf16_base_with_fp32_adapters_as_on_a_gpu(name, llm):
     lm = team(llm(name), ["agent_0", "agent_1"])
     for key, p in lm.causal_lm.named_parameters():
         p.data = p.data if "lora_" in key else p.data.bfloat16()
-    lm.small = False
+    lm.can_merge = False
     names, prompts = ["agent_0"] * 3 + ["agent_1"] * 3, prompts_of(lm, 6)
-    tokens, logps = lm.generate(names, prompts, luck(6, 12))
+    tokens, logps = lm.generate(names, prompts, uniforms(6, 12))
     again, _ = lm.logprobs(names, prompts, tokens)
     assert again.dtype == torch.float32 and (again - torch.tensor(sum(logps, []))).abs().mean() < 0.1
     again.sum().backward()
@@ -222,8 +222,8 @@ def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
         for p in parameters:
             p.data = torch.randn_like(p) * 0.2
         prompts = prompts_of(lm, 6)
-        assert lm.stays == bool(lm.compiled) == compiled
-        tokens, logps = lm.generate(["agent_0"] * 3 + ["agent_1"] * 3, prompts, luck(6, 12, 3))
+        assert lm.static_cache == bool(lm.compiled) == compiled
+        tokens, logps = lm.generate(["agent_0"] * 3 + ["agent_1"] * 3, prompts, uniforms(6, 12, 3))
         logp, _ = lm.logprobs(["agent_0"] * 3, prompts[:3], tokens[:3])
         logp.sum().backward()
         results.append([torch.tensor(sum(tokens, [])), torch.tensor(sum(logps, [])), logp, *(p.grad for p in parameters[:8])])
@@ -243,10 +243,10 @@ def test_layers_that_are_alike_are_compiled_once(tmp_path, llm, monkeypatch):
     folder = make_folder(lambda **ids: LlamaConfig(**SHAPE | {"num_hidden_layers": 5}, **ids), tmp_path,
                          AutoTokenizer.from_pretrained(llm("Qwen3")))
     lm = LanguageModel(folder, rank=4, compiled=True)
-    lm.small = False  # as on a GPU
+    lm.can_merge = False  # as on a GPU
     for name in ("agent_0", "agent_1"):
         lm.add_adapter(name)
-    lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts_of(lm, 4), luck(4, 4))
+    lm.generate(["agent_0"] * 2 + ["agent_1"] * 2, prompts_of(lm, 4), uniforms(4, 4))
     assert len(lm.compiled) == 5 and len(graphs) == 2
 
 
@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
     whole = lm.render(talk)
     assert lm.context == 512 and len(whole) < 512 and lm.render(talk, 512 - len(whole)) == whole and lm.truncated == 0
     assert lm.render(talk, 200) == whole[-312:] and lm.truncated == 1
-    lm.generate([None], [lm.render(talk, 200)], luck(1, 200))
+    lm.generate([None], [lm.render(talk, 200)], uniforms(1, 200))
     critic = Critic(lm, "critic", 1, 2048)
     assert len(critic.input_ids([[{"role": "user", "content": "x y " * 400}]])) == 512 and critic.truncated == 1
 

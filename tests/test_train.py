@@ -765,7 +765,7 @@ def test_play(workplace, four_steps):
     assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
 
 
-def test_play_is_each_agent_with_its_own_adapter_history_and_dice(workplace, four_steps):
+def test_play_is_each_agent_with_its_own_adapter_history_and_generator(workplace, four_steps):
     folder = workplace.folder / "apart"
     shutil.copytree(four_steps, folder)
     config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "top_p": 0.9}
@@ -778,13 +778,13 @@ def test_play_is_each_agent_with_its_own_adapter_history_and_dice(workplace, fou
         lm.save_adapter(f"agent_{i}", str(folder))
     run = workplace.run("model.py", "apart", "--string", "LI", "--seed", 5)
     assert run.code == 0, run.err[-2000:]
-    task, episode, dice = get_task("strbuild", num_turns=2), Episode({"string": "LI"}), [
+    task, episode, generators = get_task("strbuild", num_turns=2), Episode({"string": "LI"}), [
         torch.Generator().manual_seed(5000 + i) for i in range(2)]
     for t in range(2):
         responses = []
         for i, lm in enumerate(lms):
             tokens, _ = lm.generate([f"agent_{i}"], [lm.render(history(task, episode, i))],
-                                    torch.rand(1, 24, generator=dice[i]), 0.7, 0.9)
+                                    torch.rand(1, 24, generator=generators[i]), 0.7, 0.9)
             responses += lm.decode(tokens)
         episode.turns.append(Turn(None, None, None, responses, task.judge(episode.item, responses, t)))
     assert dialogue(task, episode, False) in run.out
@@ -810,4 +810,4 @@ def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
     shutil.copytree(four_steps, workplace.folder / "maimed")
     shutil.rmtree(workplace.folder / "maimed" / "agent_1")
     run = workplace.run("model.py", "maimed", timeout=50)
-    assert run.code == 2 and run.err.startswith("error: maimed/agent_1 cannot work: ") and run.err.count("\n") == 1
+    assert run.code == 2 and run.err.startswith("error: maimed/agent_1 cannot be used: ") and run.err.count("\n") == 1
