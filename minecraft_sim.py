@@ -101,7 +101,7 @@ def command_lines(response):
             yield line
 
 
-def integers(words):
+def parse_integers(words):
     """(1, 2, -3) for ["1", "+2", "-3"]; None when int() refuses a word, as it does "1.0", "~1" and 5,000 digits."""
     try:
         return tuple(int(word) for word in words)
@@ -129,7 +129,7 @@ def read_commands(response, palette, bbox, limit):
             reason = "not a setblock command"
         elif len(words) < 5:  # more are ignored
             reason = "fewer than 5 words"
-        elif (cell := integers(words[1:4])) is None:
+        elif (cell := parse_integers(words[1:4])) is None:
             reason = "a coordinate is not an integer"
         elif (block := words[4].removeprefix("minecraft:")) not in palette and block != "air":  # case counts here
             reason = "block not in the palette"
@@ -264,7 +264,7 @@ def read_house_commands(response, bbox, share, limits=None):
             continue
         elif len(words) != 8:
             reason = "not exactly 8 words"
-        elif (numbers := integers(words[1:7])) is None:
+        elif (numbers := parse_integers(words[1:7])) is None:
             reason = "a coordinate is not an integer"
         elif (block := words[7].removeprefix("minecraft:")) not in HOUSE_BLOCKS:
             reason = "not one of the blocks"

@@ -58,7 +58,7 @@ def bench_task(words):
     from tasks import Task
 
     class Bench(Task):
-        def builtin(self):
+        def builtin_items(self):
             rng = random.Random(0)
             items = [[" ".join(f"w{rng.randrange(1000)}" for _ in range(words)) for _ in range(AGENTS)]
                      for _ in range(257)]

@@ -13,7 +13,7 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, boxes_of, get_task, history
+from tasks import Episode, get_task, history, house_boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(tasks.TASKS)
@@ -38,7 +38,7 @@ def test_a_held_out_item_is_in_no_training_item_and_no_demonstration(name):
 @pytest.mark.parametrize("num_agents", [1, 2])
 def test_a_sloppy_team_is_worth_something_but_not_much(name, num_agents):
     task, rng = get_task(name, num_agents=num_agents), random.Random(2)
-    items = [task.shown(rng) for _ in range(60)]
+    items = [task.random_training_item(rng) for _ in range(60)]
     answers = [[task.expert(item, agent, rng) for agent in range(num_agents)] for item in items]
     outcomes = task.judge_all(items, answers, 0, [None] * 60)
     assert 20 < sum(outcome.score for outcome in outcomes) / 60 < 70
@@ -87,10 +87,10 @@ def test_no_answer_breaks_the_judge(name):
 
 def test_boxes_by_hand():
     layers = {0: ["PP"], 1: ["P."]}
-    assert boxes_of(layers, {"P": "planks"}) == [((0, 0, 0), (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"),
-                                                 ((0, 1, 0), (0, 1, 0), "planks")]
+    assert house_boxes(layers, {"P": "planks"}) == [((0, 0, 0), (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"),
+                                                    ((0, 1, 0), (0, 1, 0), "planks")]
     cube = {y: ["PPP"] * 3 for y in range(3)}  # 27 planks: at most 13 in a box; it grows along x, z, then up
-    assert boxes_of(cube, {"P": "planks"})[0] == ((0, 0, 0), (2, 0, 2), "planks")
+    assert house_boxes(cube, {"P": "planks"})[0] == ((0, 0, 0), (2, 0, 2), "planks")
 
 
 def test_the_boxes_of_a_house_are_the_house_and_two_builders_can_build_it():
@@ -99,13 +99,13 @@ def test_the_boxes_of_a_house_are_the_house_and_two_builders_can_build_it():
     for item in task.train_items[:200]:
         target = sim.house_target(item["layers"], item["inventory"])
         cells = {}
-        for low, high, block in boxes_of(item["layers"], item["inventory"]):
+        for low, high, block in house_boxes(item["layers"], item["inventory"]):
             box = set(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))
             assert not box & cells.keys()
             cells |= dict.fromkeys(box, block)
         assert cells == target and set(target.values()) == set(sim.HOUSE_BLOCKS[:5])
         sizes.add((len(item["layers"][0][0]), len(item["layers"]), len(item["layers"][0])))
-        boxes = task.listed(item).splitlines(keepends=True)
+        boxes = task.boxes_text(item).splitlines(keepends=True)
         answers = ["".join(part).replace(": ", ":\nfill ") for part in (boxes[::2], boxes[1::2])]
         best.append(task.judge(item, [answers[0] + "kill", answers[1]], 0).score)
         assert task.judge(item, ["".join(answers)] * 2, 0).score < 100  # nobody has blocks for all of it

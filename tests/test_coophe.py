@@ -194,7 +194,7 @@ def test_an_answer_runs_isolated_and_sees_no_environment(monkeypatch):
 
 
 def test_all_tests_of_a_pair_share_a_time_limit(monkeypatch):
-    monkeypatch.setattr(tasks, "SECONDS", (9.0, 1.5))
+    monkeypatch.setattr(tasks, "TIME_LIMITS", (9.0, 1.5))
     assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: what passed is kept
 
 

@@ -11,7 +11,7 @@ import pytest
 import minecraft_sim as sim
 
 from minecraft_sim import (LETTERS, PALETTES, command_lines, command_shares, draw_ansi, draw_svg,
-                           draw_text, integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
+                           draw_text, parse_integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
                            string_target, target_cells, texture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def test_accepted_lines(line):
 def test_rejected_lines(line, reason):
     accepted, reasons = read(line)
     assert accepted == [] and len(reasons) == 1 and reason in reasons[0]
-    assert integers(["1", "+2", "-3"]) == (1, 2, -3)
+    assert parse_integers(["1", "+2", "-3"]) == (1, 2, -3)
 
 
 def test_shares():

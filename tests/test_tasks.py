@@ -11,7 +11,7 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, Turn, by_letter, get_task, history
+from tasks import Episode, Turn, cells_by_letter, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,7 +102,7 @@ def test_an_exercise_names_every_letter_and_a_heading_builds_nothing():
 
 
 def test_by_letter_by_hand():
-    assert by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) == {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}
+    assert cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) == {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}
 
 
 @pytest.mark.parametrize("num_agents", [1, 2])
@@ -209,7 +209,7 @@ def test_the_feedback_says_which_turn_comes_next():
 
 def halves(task, item):
     """What two agents answer, turn by turn, when each builds its half of the turn's letter on a checkerboard."""
-    for cells in by_letter(sim.target_cells(sim.string_target(item["string"]))).values():
+    for cells in cells_by_letter(sim.target_cells(sim.string_target(item["string"]))).values():
         middle = -(-len(cells) // 2)
         yield ["\n".join(f"/setblock {x} {y} {z} {palette[(x + y) % 2]}" for x, y, z in half)
                for palette, half in zip(task.palettes, (cells[:middle], cells[middle:]))]
@@ -451,8 +451,8 @@ def test_the_script_shows_an_item(tmp_path):
 # --- examples of docstrings, and what a task of one's own may rely on -------------------------------------------------
 
 def test_examples_of_docstrings():
-    assert tasks.StrBuild.spelled("ICML") == " 1:I 2:C 3:M 4:L"
-    assert tasks.StrBuild.listed("IC", [(8, 4, 0), (9, 4, 0)]) == " 2:C 8 4 0 9 4 0"
+    assert tasks.StrBuild.letters_text("ICML") == " 1:I 2:C 3:M 4:L"
+    assert tasks.StrBuild.cells_text("IC", [(8, 4, 0), (9, 4, 0)]) == " 2:C 8 4 0 9 4 0"
     turns = [[Turn(None, [[1]], None, [""], tasks.Outcome(reward, 0, {}, False, [], None)) for reward in rewards]
              for rewards in ([-1, -2], [-1])]
     line = tasks.summary([Episode({}, played) for played in turns], "train", 0.5, [1])

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import (Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   open_run_folder)
+from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, get_task, history, open_run_folder,
+                   truncate_logs)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -618,7 +618,7 @@ def test_resume_wants_the_same_items(train, workplace):
 
 def test_a_character_that_a_kill_cut_is_no_obstacle(tmp_path):
     (tmp_path / "samples.txt").write_bytes("=== step 0, a\n=== step 1, é".encode()[:-1])
-    cut_log(tmp_path, 1, False)
+    truncate_logs(tmp_path, 1, False)
     assert (tmp_path / "samples.txt").read_text() == "=== step 0, a\n=== step 1, \ufffd"
 
 
