@@ -1109,10 +1109,10 @@ def find_function(answer, name):
     error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
     """
     answer = re.sub(r"\r\n?", "\n", answer)  # line breaks as the parser counts them
-    blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # no language tag
+    blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # language tag
     for text in [textwrap.dedent(block) for block in blocks] + [answer, textwrap.dedent(answer)]:
-        tree, _ = parse_python(text)  # below: of a long signature, a line "):" too
-        head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"
+        tree, _ = parse_python(text)
+        head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ")": of long signatures
         if tree is None and (matches := list(re.finditer(head, text, re.M))):
             text = matches[-1][0].rstrip()
             tree, error = parse_python(text)
@@ -1231,7 +1231,7 @@ FAMILIES = {  # name: (type of x, description of such x, expression that tells w
     "heavy": ("list", "lists with a sum above {k}", "sum(x) > {k}"),
     "rising": ("list", "sorted lists of more than {k} numbers", "len(x) > {k} and x == sorted(x)"),
     "repeating": ("list", "lists that hold {k} more than once", "x.count({k}) > 1")}
-GOALS = {  # name: (description of the result, expression for it from all items found, or from asking about each)
+GOALS = {  # name: (description of the result, expression for it from all items found, or from a test of each)
     "count": ("how many {what} are in items", "len({found})", "sum(1 for x in items if {ask})"),
     "keep": ("a list of the {what} in items", "[x for x in {found}]", "[x for x in items if {ask}]"),
     "last": ("the last of the {what} in items, or None", "([None] + {found})[-1]",
@@ -1262,7 +1262,7 @@ class CoopHE(Task):
                   "word": lambda: rng.choice(WORDS),
                   "list": lambda: sorted(rng.choices([*range(10), k], k=rng.randint(1, 6)), reverse=rng.random() < 0.3)}
         namespace, examples = {}, []
-        exec(f"def aux(x):\n    return {ask.format(k=k)}\ndef {name}(items):\n    return "  # our own code, not a model's
+        exec(f"def aux(x):\n    return {ask.format(k=k)}\ndef {name}(items):\n    return "  # our code, not a model's
              + GOALS[goal][2].format(ask="aux(x)"), namespace)
         while len(examples) < 8:
             items = [values[kind]() for _ in range(rng.randint(2, 4))]
