@@ -356,7 +356,7 @@ def draw_grid(plan, world, paint, missing, blank):
 def draw_text(plan, world):
     """One character per cell: a capital letter per block, in lower case if it is stray, '.' if one is missing."""
     marks = {}
-    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # the same letters in every picture
+    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # same letters in every picture
         free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
         marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
     return draw_grid(plan, world, lambda b, correct: marks[b] if correct else marks[b].lower(), ".", " ")
