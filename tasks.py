@@ -234,7 +234,7 @@ def read_hub(sources, check):
         for items, split in zip([train, held_out], splits):
             try:
                 rows = datasets.load_dataset(name, split=split)
-            except Exception as error:  # of the network, the hub or the cache
+            except Exception as error:  # any, of the network, the hub or the cache
                 raise ValueError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
                                  "online, or use --data builtin or --data FILE.jsonl.") from None
             for number, row in enumerate(rows):
@@ -268,7 +268,8 @@ def write_text(path, text):
 RESUME_MAY_CHANGE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir",
                      "device", "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
 EVAL_MUST_MATCH = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
-EVAL_NOTE = {"num_turns", "feedback", "reward", "data", "max_new_tokens", "temperature", "top_p", "gamma", "batch_size"}
+EVAL_REPORTS = {"num_turns", "feedback", "reward", "data", "max_new_tokens", "temperature", "top_p", "gamma",
+                "batch_size"}  # --eval_only may change these, but says so
 
 
 def truncate_logs(out_dir, step, eval_due):
@@ -280,7 +281,7 @@ def truncate_logs(out_dir, step, eval_due):
                           ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
-            text = Path(path).read_text(encoding="utf-8", errors="replace")  # may end within a character
+            text = Path(path).read_text(encoding="utf-8", errors="replace")  # a kill may cut a character
             entries = re.finditer(pattern, text, re.MULTILINE)  # group 1 is the step
             write_text(path, "".join(entry[0] for entry in entries if int(entry[1]) <= step - (
                 eval_due and (name == "samples.txt" or '"train/' not in entry[0]))))
@@ -333,18 +334,18 @@ def check_run_folder(args):
         forbidden = [change for key, change in changes.items() if args.resume or key in EVAL_MUST_MATCH]
         if forbidden:
             raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(forbidden)}.")
-        if noted := [change for key, change in changes.items() if key in EVAL_NOTE]:
-            print(f"The team was trained with other settings: {', '.join(noted)}.")
+        if reported := [change for key, change in changes.items() if key in EVAL_REPORTS]:
+            print(f"The team was trained with other settings: {', '.join(reported)}.")
 
 
 def open_run_folder(args):
     """Make the folder, delete the files of an overwritten run and the remains of a killed one, write config.json."""
     os.makedirs(args.out_dir, exist_ok=True)
     check_run_folder(args)  # once more: another run may have started here while the tiny base was built
-    delete = r"\.saving-.*|.*\.part"
+    pattern = r"\.saving-.*|.*\.part"
     if args.overwrite:
-        delete += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
-    for path in [os.path.join(args.out_dir, name) for name in os.listdir(args.out_dir) if re.fullmatch(delete, name)]:
+        pattern += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
+    for path in [os.path.join(args.out_dir, name) for name in os.listdir(args.out_dir) if re.fullmatch(pattern, name)]:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
     write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
@@ -564,7 +565,7 @@ class StrBuild(Task):
         """A conversation with two answers; the tiny base learns all of its messages but the first."""
         item, team = self.random_training_item(rng), copy.copy(self)
         team.num_turns = self.turns  # one base serves all options
-        team.num_agents = rng.choice([2, 2, 1])  # in one of three alone
+        team.num_agents = rng.choice([2, 2, 1])  # alone in a third of all demonstrations
         team.setup()
         agent, team.feedback_mode = rng.randrange(team.num_agents), rng.choices(self.feedback_modes, [8, 1, 1])[0]
         num_judged = rng.randint(1, 3) if self.persistent else 1
@@ -652,7 +653,7 @@ class HouseBuild(Task):
     Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends
     (in the official code above 0 for the actor-critics, which never happens, and above -0.1 for Monte Carlo).
     """
-    # a number with the line break and command after it is one token, each corner and the block are one: 4 per box
+    # a number, the line break and the command are one token, each corner is one, the block is one: 4 tokens per box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
     steps, lr = 28, 2e-3
@@ -742,7 +743,7 @@ class HouseBuild(Task):
         return lines or "nothing\n"
 
     def exercise(self, rng):
-        """To copy a short list of random boxes."""
+        """A conversation in which a short list of random boxes is copied."""
         boxes = ""
         for k in range(1, rng.randint(4, 10)):
             corners = "%d %d %d %d %d %d" % tuple(rng.randrange(8) for _ in range(6))
@@ -903,7 +904,7 @@ class Writing(Task):
     # subclasses set source, its key in an item; roles, who writes what; facts, template and sentences, for items and
     # demonstrations; levels, the arguments of writing_levels; and the expert's habits, of which each text draws one:
     # keep, how likely a sentence is kept; max_sentences, by role; opened, the share of sentences with a transition
-    short_start, opened = "", [0, 0.3, 1]  # short_start: how a text begins that will be too short
+    short_start, opened = "", [0, 0.3, 1]  # short_start: the beginning of a text that will be too short
 
     def setup(self):
         self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
@@ -1129,7 +1130,7 @@ def find_function(answer, name):
 
 
 def aux_bonus(main):
-    """Reward for calls of aux in main: 0.5, plus 1.0 unless main only returns the result, minus 0.5 if one is unused.
+    """Reward for main's calls of aux: 0.5, plus 1.0 unless main just returns the result, minus 0.5 if one is unused.
 
         return aux(n) + 1   1.5        x = aux(n); return x   0.5        aux(n); return aux(n) + 1   1.0
     """
