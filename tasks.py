@@ -1,7 +1,7 @@
 """
 Tasks: what each agent observes, how a joint action is rewarded, and when an episode ends.
 
-A task is one class; the rest of this repository uses nothing of it but these attributes and methods:
+A task is one class; the rest of this repository uses only these attributes and methods of it:
 
     name                                what --task and tables call it
     train_items, eval_items             lists of dicts; no item is in both
@@ -420,7 +420,7 @@ class Task:
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
-        """An Outcome; the default feedback is the reward. A sparse reward is 0 in all turns but the episode's last."""
+        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last."""
         feedback = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
         reward = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
         return Outcome(reward, score, parts, done, feedback, world)

@@ -148,7 +148,7 @@ def test_one_agent_writes_both_texts(name):
     assert alone.max_new_tokens == 2 * team.max_new_tokens
 
 
-# --- users' own data ---------------------------------------------------------------------------------------------------
+# --- users' own data --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, line, message", [
     ("tldr", {"prompt": " "}, "prompt"), ("tldr", {"text": "a"}, "prompt"), ("arxiv", {"abstract_text": 3}, "abstract_text"),
@@ -247,8 +247,8 @@ def test_held_out_rows_are_spread_evenly_and_not_trained_on(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path("own/set").mkdir(parents=True)
-    for split, numbers in [("train", [0, 1, 4, -1]), ("test", range(400))]:  # 0 is in both; so is 1, but it is not one
-        datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # of the rows kept for evaluation
+    for split, numbers in [("train", [0, 1, 4, -1]), ("test", range(400))]:  # 0 is in both; so is 1, which is no
+        datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # row that is evaluated
     train, held_out = tasks.read_hub([("own/set", "train", "test")], lambda row: {"n": row["n"]})
     assert train == [{"n": 1}, {"n": 4}, {"n": -1}] and held_out == [{"n": n} for n in range(0, 384, 3)]
 

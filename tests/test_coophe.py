@@ -150,7 +150,7 @@ def test_what_crashes_fails_and_its_neighbours_do_not(first):
     """The first answer does it in every test, the second in the test with n = 2 only, the third is fine."""
     results = coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, ONE.format(f"if n == 2: {first}")),
                               (ITEM, AUX, MAIN)])
-    alone = 0 if "getppid" in first else 3  # without namespaces killing the worker fails all of the pair's tests
+    alone = 0 if "getppid" in first else 3  # without namespaces, killing the worker fails every test of the pair
     assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
 
 
@@ -183,7 +183,7 @@ def test_no_network():
 @apart
 def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
     assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
-    # five: standard input, output and error, the pipe for the pass, the folder that is being listed
+    # five: standard input, output and error, the pipe for the pass, and the folder being listed
     assert judge(AUX, ONE.format("import os; assert len(os.listdir('/proc/self/fd')) == 5"))[1] == 4
 
 

@@ -728,7 +728,7 @@ def test_a_joint_history_holds_everything_once():
                ["Build I with 0.", "Build I with 1.", "answer 0", "answer 1", "same for both"])
     alone = critic_messages(histories[1:])
     assert "answer 0" not in str(alone) and "answer 1" in str(alone)
-    said = [[{"role": "assistant", "content": number}] for number in "353"]  # every agent's answer is kept, also equal ones
+    said = [[{"role": "assistant", "content": number}] for number in "353"]  # every agent's answer is kept, even if equal
     assert critic_messages(said) == [{"role": "assistant", "content": "3\n5\n3"}]
 
 

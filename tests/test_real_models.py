@@ -82,7 +82,7 @@ def all_agents(folder):
     return {key: value for key, value in weights_of(folder).items() if key.startswith("agent_")}
 
 
-# --- every family, from a folder to a deployed agent --------------------------------------------------------------------
+# --- every family, from a folder to a deployed agent ------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", LLMS)
 def test_two_steps_change_adapters_and_nothing_else(name, llm, inside):
@@ -124,7 +124,7 @@ def test_the_rules_and_the_last_answer_are_in_what_it_reads(name, llm):
     assert lm.tokenizer.decode(lm.render([{"role": "user", "content": "Do."}])).count("<s>") == (LLMS[name][1] is not None)
 
 
-# --- a team of different models ----------------------------------------------------------------------------------------
+# --- a team of different models ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
 def test_agents_with_different_bases(script, llm, inside, workplace):
@@ -153,7 +153,7 @@ def test_agents_with_different_bases(script, llm, inside, workplace):
         assert again.code == 2 and "is there already" in again.err and again.err.count("\n") == 1
 
 
-# --- memory: checkpointed activations change nothing but memory ----------------------------------------------------------
+# --- memory: checkpointed activations change nothing but memory -------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2", "opt"])
 def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, llm, tmp_path):
@@ -250,7 +250,7 @@ def test_layers_that_are_alike_are_compiled_once(tmp_path, llm, monkeypatch):
     assert len(lm.compiled) == 5 and len(graphs) == 2
 
 
-# --- several ranks -------------------------------------------------------------------------------------------------------
+# --- several ranks ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, episodes, more", [
     ("train_cc.py", 12, []), ("train_dc.py", 12, []), ("train_mc.py", 12, []), ("train_mc.py", 16, ["--tree"])])
@@ -298,7 +298,7 @@ def test_two_ranks_stop_together(workplace, tmp_path):
     assert torch.load(tmp_path / "stopped" / "train_state.pt", weights_only=False)["progress"]["step"] == step < 99
 
 
-# --- the context ---------------------------------------------------------------------------------------------------------
+# --- the context ------------------------------------------------------------------------------------------------------
 
 def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
     lm = LanguageModel(llm("Llama-3"))
@@ -322,7 +322,7 @@ def test_an_overlong_history_is_logged(inside, llm, tmp_path):
     assert all(len(prompt) <= run["lms"][0].context - 170 for e in run["episodes"] for turn in e.turns for prompt in turn.prompts)
 
 
-# --- what cannot be used -------------------------------------------------------------------------------------------------
+# --- what cannot be used ----------------------------------------------------------------------------------------------
 
 def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
     """One sentence, exit code 2, and no folder."""

@@ -205,7 +205,7 @@ def test_the_feedback_says_which_turn_comes_next():
     assert "2 of 3" in told[0] and "3 of 3" in told[1]
 
 
-# --- the persistent world and the sparse reward -------------------------------------------------------------------------
+# --- the persistent world and the sparse reward -----------------------------------------------------------------------
 
 def halves(task, item):
     """The answers of two agents, turn by turn, of which each builds half of the turn's letter as a checkerboard."""
@@ -263,7 +263,7 @@ def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
     assert early.done and early.reward == pytest.approx(-2 / 24)
 
 
-# --- tldr and arxiv -----------------------------------------------------------------------------------------------------
+# --- tldr and arxiv ---------------------------------------------------------------------------------------------------
 
 def words(count, start=0):
     """So many different words of three letters, none of them a stopword or a transition: bbb, bbc, ..."""
