@@ -3,18 +3,18 @@ Minecraft without Minecraft: the StrBuild world, its rules and its score, in pla
 
 A team is given a string drawn in 5x5 letters and writes it as blocks on a wall. Each agent answers with lines
 "/setblock x y z block"; it may only use the blocks of its own palette and only its share of the commands. The world
-starts empty and is built from agent 0's accepted commands, then agent 1's; a later command overwrites an earlier one.
+starts empty and is built from agent 0's accepted commands, then agent 1's; later commands overwrite earlier ones.
 The rules are those of the official environment of arXiv 2601.21972, so scores can be compared with the paper's.
 
 One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 background cells.
 
     target   agent 0 writes              agent 1 writes              world
-    ###      setblock 0 1 0 oak_planks   setblock 1 1 0 obsidian     OB.     . = wanted but empty
-    #..      setblock 0 0 0 stone        setblock 1 0 0 obsidian     Sb      b = obsidian where nothing is wanted
+    ###      setblock 0 1 0 oak_planks   setblock 1 1 0 obsidian     OB.     . = target cell, empty
+    #..      setblock 0 0 0 stone        setblock 1 0 0 obsidian     Sb      b = obsidian on background
 
     coverage             3 of 4 target cells are filled                                 0.75
     extra_ratio          1 of 2 background cells is filled                              0.50
-    adjacent_same_ratio  4 pairs of blocks share a side, the 2 obsidian are equal       0.25
+    adjacent_same_ratio  4 pairs of blocks share a side, 1 has equal blocks: obsidian   0.25
     missing_palettes     agent 1 never used white_concrete                              1
     reward = 2 x 0.75 - 1.5 x 0.50 - 0.25 - 0.25 x 1 = 0.25   (the best is 2);   IoU = 3 / (4 + 1) = 0.6
 
@@ -52,7 +52,7 @@ Y     Z     0     1     2     3     4     5     6     7     8     9
 ..#.. .#... ##..# ..#.. #.... ....# ...#. ....# #...# ..#.. #...# ....#
 ..#.. ##### .###. ##### ##### ####. ...#. ####. .###. ..#.. .###. .###.
 """.split()
-# each band of the sheet is 12 names, then 5 rows of 12 pieces: the rows of a glyph lie 12 words apart
+# each band of the sheet has 12 names, then 5 rows of 12 pieces: successive rows of a glyph are 12 words apart
 LETTERS = {GLYPHS[band + i]: GLYPHS[band + i + 12:band + 72:12] for band in range(0, 216, 72) for i in range(12)}
 
 
@@ -65,7 +65,7 @@ def string_target(text, gap=2):
         raise ValueError("The string is empty; use letters A-Z and digits 0-9.")
     for char in text:
         if char.upper() not in LETTERS:
-            raise ValueError(f"The character {char!r} has no shape; use letters A-Z and digits 0-9.")
+            raise ValueError(f"The character {char!r} cannot be drawn; use letters A-Z and digits 0-9.")
     return [("." * gap).join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
 
 
@@ -78,14 +78,14 @@ def target_cells(target_rows):
     return [(x, H - 1 - r, 0) for r, row in enumerate(target_rows) for x, char in enumerate(row) if char == "#"]
 
 
-# --- reading answers: nothing here raises, whatever a model wrote -----------------------------------------------------
+# --- reading answers: nothing here raises an exception, whatever a model wrote ----------------------------------------
 
 PALETTES = [["oak_planks", "stone"], ["white_concrete", "obsidian"]]  # agent 0's blocks, agent 1's blocks
 EMPTY = ("air", "cave_air", "void_air")
 
 
 def command_lines(response):
-    r"""Yield the lines of an answer that should be commands, without fences, blank lines and list markers.
+    r"""Yield the lines of an answer that may be commands, without code fences, blank lines and list markers.
 
     "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." yields "/setblock 0 0 0 stone", then "kill".
     """
@@ -93,7 +93,7 @@ def command_lines(response):
     if len(parts) == 3:  # two fences or more: read between the first two
         response = parts[1]
         first, newline, rest = response.partition("\n")
-        if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language word; "/kill" is not one
+        if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language tag; "/kill" is not one
             response = rest
     for line in response.splitlines():
         line = re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip())
@@ -101,8 +101,8 @@ def command_lines(response):
             yield line
 
 
-def integers(words):
-    """(1, 2, -3) for ["1", "+2", "-3"]; None when int() refuses a word, as it does "1.0", "~1" and 5,000 digits."""
+def parse_integers(words):
+    """(1, 2, -3) for ["1", "+2", "-3"]; None if int() rejects a word, as it does "1.0", "~1" and 5,000 digits."""
     try:
         return tuple(int(word) for word in words)
     except ValueError:
@@ -110,32 +110,32 @@ def integers(words):
 
 
 def command_shares(max_commands, num_agents):
-    """How many commands each agent may have accepted; the first gets the remainder: (7, 2) gives [4, 3]."""
-    share, rest = max(1, max_commands // num_agents), max_commands % num_agents
-    return [share + rest] + [share] * (num_agents - 1)
+    """The most commands accepted from each agent; the first also gets the remainder: (7, 2) gives [4, 3]."""
+    share, remainder = max(1, max_commands // num_agents), max_commands % num_agents
+    return [share + remainder] + [share] * (num_agents - 1)
 
 
-def read_commands(response, palette, bbox, limit):
+def read_commands(response, palette, bbox, share):
     r"""Split one agent's answer into accepted [((x, y, z), block), ...] and rejected [(line, reason), ...] commands.
 
-    bbox is the two corners ((x, y, z), (x, y, z)) of the box to build in, both inside; limit is the agent's share.
+    bbox is two opposite corner cells ((x, y, z), (x, y, z)) of the box to build in; share is the most to accept.
     "/setblock 1 0 0 minecraft:stone\nsetblock 9 0 0 stone" with bbox ((0, 0, 0), (2, 1, 0)) gives
     [((1, 0, 0), "stone")] and [("setblock 9 0 0 stone", "outside the box")].
     """
     accepted, rejected = [], []
     for line in command_lines(response):
-        words = line.removeprefix("/").split()  # so "/ setblock" passes and "//setblock" does not
+        words = line.removeprefix("/").split()  # "/ setblock" is accepted, "//setblock" is not
         if not words or words[0].lower() != "setblock":
             reason = "not a setblock command"
-        elif len(words) < 5:  # more are ignored
+        elif len(words) < 5:  # further words are ignored
             reason = "fewer than 5 words"
-        elif (cell := integers(words[1:4])) is None:
+        elif (cell := parse_integers(words[1:4])) is None:
             reason = "a coordinate is not an integer"
-        elif (block := words[4].removeprefix("minecraft:")) not in palette and block != "air":  # case counts here
+        elif (block := words[4].removeprefix("minecraft:")) not in palette and block != "air":  # case-sensitive
             reason = "block not in the palette"
         elif not all(low <= i <= high for low, i, high in zip(bbox[0], cell, bbox[1])):
             reason = "outside the box"
-        elif len(accepted) >= limit:
+        elif len(accepted) >= share:
             reason = "over the share of commands"
         else:
             accepted.append((cell, block))
@@ -147,29 +147,29 @@ def read_commands(response, palette, bbox, limit):
 # --- the world and its score ------------------------------------------------------------------------------------------
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
-    """Build the world of a joint action: (world, accepted, rejected), the last two one list per agent.
+    """Build the world of a joint action: (world, accepted, rejected); the last two hold one list per agent.
 
-    world is {(x, y, z): block} without air. Agent 1 overwriting agent 0's only block, stone, with obsidian gives
-    {(0, 0, 0): "obsidian"}; with air it gives {}. start is the world that the commands find: empty by the official
-    rules, the last turn's where blocks stay.
+    world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it is
+    {(0, 0, 0): "obsidian"}; with air it is {}. start is the world before the commands: empty by the official rules, the
+    previous turn's in a persistent world.
     """
     assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
     assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
     bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
     world, accepted, rejected = dict(start), [], []
     for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
-        good, bad = read_commands(response, palette, bbox, share)
-        world.update(good)  # in order: a later command overwrites
-        accepted.append(good)
-        rejected.append(bad)
+        own_accepted, own_rejected = read_commands(response, palette, bbox, share)
+        world.update(own_accepted)  # in order: later commands overwrite
+        accepted.append(own_accepted)
+        rejected.append(own_rejected)
     return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
 
 
 def texture(block):
-    """What a block looks like from afar: oak_planks is wood, stone and cobblestone are both stone."""
+    """The material of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
-    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # _stone has smooth_stone too
+    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
         return "stone"
     return "concrete" if block.endswith("_concrete") else block
 
@@ -178,15 +178,15 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     """Score a joint action; the example at the top of this file gives reward 0.25 and iou 0.6.
 
     reward is at most 2; iou, coverage, extra_ratio and adjacent_same_ratio are in 0..1 (0 where they would divide by
-    zero); missing_palettes counts agents with an unused block; accepted is the number of commands per agent.
+    zero); missing_palettes counts agents with an unused block; accepted is the number of accepted commands per agent.
     """
     world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands, start)
     target = set(target_cells(target_rows))
     background = len(target_rows) * len(target_rows[0]) - len(target)
     covered = len(target & world.keys())
     extra = len(world) - covered
-    pairs = [(block, world[near]) for (x, y, z), block in world.items()
-             for near in [(x + 1, y, z), (x, y + 1, z)] if near in world]
+    pairs = [(block, world[neighbour]) for (x, y, z), block in world.items()
+             for neighbour in [(x + 1, y, z), (x, y + 1, z)] if neighbour in world]
     missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
     coverage = covered / max(1, len(target))
     extra_ratio = extra / max(1, background)
@@ -199,14 +199,14 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
 
-HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # every agent's
+HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # for every agent
 
 
 def house_target(layers, inventory):
-    """{(x, y, z): block} of a blueprint, air left out: layers is {y: rows of letters}, row z, column x.
+    """{(x, y, z): block} of a blueprint, without air: layers is {y: rows of letters}; a row is z, a column is x.
 
     {0: ["AB", ".A"]} with {"A": "planks", "B": "obsidian"} is planks at (0, 0, 0) and (1, 0, 1) and obsidian at
-    (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter that it lacks raises ValueError.
+    (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter missing there raises ValueError.
     """
     inventory = {".": "air"} | inventory
     letters = {(x, y, z): letter for y, rows in layers.items() for z, row in enumerate(rows)
@@ -218,9 +218,8 @@ def house_target(layers, inventory):
 
 
 def random_house(rng):
-    """A blueprint (layers, inventory): walls with posts and a door, a floor, a gabled roof of stairs; 4..8 each way.
-
-    The roof rises by one layer for each row from the front and the back, its gables are bricks, and so is its ridge.
+    """A blueprint (layers, inventory): walls with posts and a door, a floor, a gabled roof of stairs; 4..8 cells wide,
+    deep and high. The roof rises one layer per row from the front and the back; its gables and its ridge are bricks.
     """
     W, D = rng.randint(4, 8), rng.randint(4, 8)
     roof = -(-D // 2)
@@ -239,7 +238,7 @@ def random_house(rng):
 
 
 def block_limits(target, num_agents):
-    """How many blocks of each kind one agent may use up: 10 in the target and two agents give 5 + 2 = 7 each."""
+    """How many blocks of each kind one agent may use: 10 in the target and two agents give 5 + 2 = 7 each."""
     return {block: -(-count // num_agents) + count // (2 * num_agents)
             for block, count in collections.Counter(target.values()).items()}
 
@@ -247,7 +246,7 @@ def block_limits(target, num_agents):
 def read_house_commands(response, bbox, share, limits=None):
     r"""Split one agent's answer into accepted and rejected commands: [(low, high, block), ...], [(line, reason), ...].
 
-    low and high are corners, both inside the box; an accepted kill is None. limits is {block: how many the agent may
+    low and high are opposite corner cells of a fill; an accepted kill is None. limits is {block: how many the agent may
     use}, None for no limit. "fill 1 0 0 0 0 0 planks\n/kill @e\nfill 0 0 0 0 0 0 obsidian" with bbox ((0, 0, 0),
     (1, 1, 1)) and {"planks": 2} gives [((0, 0, 0), (1, 0, 0), "planks"), None] and the last line, "too few blocks".
     """
@@ -264,7 +263,7 @@ def read_house_commands(response, bbox, share, limits=None):
             continue
         elif len(words) != 8:
             reason = "not exactly 8 words"
-        elif (numbers := integers(words[1:7])) is None:
+        elif (numbers := parse_integers(words[1:7])) is None:
             reason = "a coordinate is not an integer"
         elif (block := words[7].removeprefix("minecraft:")) not in HOUSE_BLOCKS:
             reason = "not one of the blocks"
@@ -277,7 +276,7 @@ def read_house_commands(response, bbox, share, limits=None):
                 used[block] += volume
                 accepted.append((low, high, block))
                 continue
-            reason = "too few blocks"  # nothing is used; a smaller fill may still pass
+            reason = "too few blocks"  # uses up nothing: a later, smaller fill may be accepted
         rejected.append((line, reason))
     return accepted, rejected
 
@@ -290,31 +289,31 @@ def housebuild_world(layers, inventory, responses, max_commands=600, limited_res
     limits = block_limits(target, len(responses)) if limited_resource else None
     world, accepted, rejected = {}, [], []
     for response, share in zip(responses, command_shares(max_commands, len(responses))):
-        good, bad = read_house_commands(response, bbox, share, limits)
-        for low, high, block in filter(None, good):
+        own_accepted, own_rejected = read_house_commands(response, bbox, share, limits)
+        for low, high, block in filter(None, own_accepted):  # without kills
             world.update(dict.fromkeys(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))), block))
-        accepted.append(good)
-        rejected.append(bad)
+        accepted.append(own_accepted)
+        rejected.append(own_rejected)
     return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
 
 
 def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(), max_commands=600,
                      limited_resource=True):
-    """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the cells that are not air.
+    """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the non-air cells.
 
-    match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) when a team of two or more has
-    spiders and nobody's `kill` was accepted. A house {0: ["PP"], 1: [".P"]} of planks of which one agent builds
-    "fill 0 0 0 1 0 0 planks" without a kill, alone: match 3/4, iou 2/3, no penalty; with a silent second agent and
-    attacks (1, 2) it has a limit of 2 + 0 planks, which is enough, and the penalty is 0.1 x 3/5 = 0.06.
+    match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) if a team of two or more is
+    attacked and no `kill` was accepted. Example: of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
+    "fill 0 0 0 1 0 0 planks", without a kill: match 3/4, iou 2/3, no penalty. With a silent second agent and attacks
+    (1, 2) its limit of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
     """
     world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
     target = house_target(layers, inventory)
     size = sum(len(row) for rows in layers.values() for row in rows)
-    union, danger = world.keys() | target.keys(), sum(spider_attacks)
+    union, damage = world.keys() | target.keys(), sum(spider_attacks)
     match = (size - sum(world.get(cell) != target.get(cell) for cell in union)) / size
     killed = any(None in commands for commands in accepted)
-    unprotected = len(responses) >= 2 and danger > 0 and player_hp > 0 and not killed
-    penalty = 0.1 * min(1.0, danger / player_hp) if unprotected else 0.0
+    unprotected = len(responses) >= 2 and damage > 0 and player_hp > 0 and not killed
+    penalty = 0.1 * min(1.0, damage / player_hp) if unprotected else 0.0
     return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / max(1, len(union)),
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
@@ -328,14 +327,14 @@ OTHER_COLOR = (196, 92, 160)
 
 
 def wall_plan(target_rows):
-    """What pictures need to know of a wall: ({wanted cell: None, any block will do}, rows of cells from the top)."""
+    """A wall for the drawing functions: ({target cell: None, meaning any block}, rows of cells from the top)."""
     width, height = len(target_rows[0]), len(target_rows)
     grid = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
     return dict.fromkeys(target_cells(target_rows)), grid
 
 
 def house_plan(layers, inventory):
-    """The same of a house: ({wanted cell: block}, rows of cells): four layers side by side, seen from above."""
+    """The same for a house: ({target cell: block}, rows of cells); layers, four side by side, are seen from above."""
     ys, rows, grid = sorted(layers), next(iter(layers.values())), []
     for band in range(0, len(ys), 4):
         grid += [[cell for y in ys[band:band + 4] for cell in [*((x, y, z) for x in range(len(rows[0]))), None, None]]
@@ -344,35 +343,35 @@ def house_plan(layers, inventory):
 
 
 def draw_grid(plan, world, paint, missing, blank):
-    """The plan's rows, then a legend; paint(block, right) is the text of one block."""
+    """The plan's rows, then a legend; paint(block, correct) is the text of one block."""
     target, grid = plan
-    right = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
-    lines = ["".join(paint(world[cell], right[cell]) if cell in world else missing if cell in target else blank
+    correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
+    lines = ["".join(paint(world[cell], correct[cell]) if cell in world else missing if cell in target else blank
                      for cell in row).rstrip(" " if None in row else "") for row in grid]
-    kinds = sorted({(block, not right[cell]) for cell, block in world.items()})
+    kinds = sorted({(block, not correct[cell]) for cell, block in world.items()})
     legend = [f"{paint(block, not stray)} {block}{' (stray)' * stray}" for block, stray in kinds]
     return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
 
 
 def draw_text(plan, world):
-    """One character per cell: a capital per block, in lower case where it is stray, '.' where one is missing."""
+    """One character per cell: a capital letter per block, in lower case if it is stray, '.' if one is missing."""
     marks = {}
-    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # the same in every picture
+    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # same letters in every picture
         free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
         marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
-    return draw_grid(plan, world, lambda b, right: marks[b] if right else marks[b].lower(), ".", " ")
+    return draw_grid(plan, world, lambda b, correct: marks[b] if correct else marks[b].lower(), ".", " ")
 
 
 def draw_ansi(plan, world):
-    """Two terminal columns per cell in the block's colour, red xx on a stray one, dim [] where one is missing."""
-    def paint(block, right):
+    """Two terminal columns per cell in the block's colour, with a red xx if it is stray; a dim [] if one is missing."""
+    def paint(block, correct):
         r, g, b = BLOCK_COLORS.get(block, OTHER_COLOR)
-        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if right else 'xx'}\x1b[0m"
+        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if correct else 'xx'}\x1b[0m"
     return draw_grid(plan, world, paint, "\x1b[2m[]\x1b[0m", "  ")
 
 
 def draw_svg(plan, world, title=""):
-    """A standalone isometric picture (SVG text): cubes of 20 pixels, missing cells dashed, stray ones edged red."""
+    """A standalone isometric picture (SVG text): cubes of 20 pixels, missing ones dashed, stray ones with red edges."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
         return 17.32 * (x + z), 10 * (z - x) - 20 * y
 
@@ -394,8 +393,8 @@ def draw_svg(plan, world, title=""):
              (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
     for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
         color = BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
-        right = cell in target and target[cell] in (None, world.get(cell))
-        edge = shade(color, -0.45) if right else "#e02020"
+        correct = cell in target and target[cell] in (None, world.get(cell))
+        edge = shade(color, -0.45) if correct else "#e02020"
         lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
         for light, corners in faces:
@@ -408,15 +407,15 @@ def draw_svg(plan, world, title=""):
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 
 def scripted_builders(target_rows):
-    """Two perfect answers: agent 0 takes the cells with even x + y, agent 1 the odd; each alternates its two blocks.
+    """Two perfect answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
 
-    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only X and Y, on their
-    own, miss the best reward: they have 0 and 1 odd cells, too few for agent 1's two blocks.
+    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only the strings X and Y
+    miss the best reward: they have 0 and 1 odd cells, too few for agent 1's two blocks.
     """
     answers = [[], []]
     for x, y, z in target_cells(target_rows):
-        mine, palette = answers[(x + y) % 2], PALETTES[(x + y) % 2]
-        mine.append(f"/setblock {x} {y} {z} {palette[len(mine) % len(palette)]}")
+        lines, palette = answers[(x + y) % 2], PALETTES[(x + y) % 2]
+        lines.append(f"/setblock {x} {y} {z} {palette[len(lines) % len(palette)]}")
     return ["\n".join(lines) for lines in answers]
 
 

@@ -52,7 +52,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from tasks import TASK_OPTIONS, Episode, Turn, dialogue, first_line, get_task, history, refusing, write_text
+from tasks import TASK_OPTIONS, Episode, Turn, dialogue, exit_on_error, first_line, get_task, history, write_text
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -1088,7 +1088,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--merge", metavar="FOLDER", help="instead, save merged models FOLDER/agent_0, ...")
     args = parser.parse_args()
-    with refusing(parser):
+    with exit_on_error(parser):
         init_distributed(args.device)  # checks that the device exists
         try:
             with open(os.path.join(args.out_dir, "config.json")) as file:

@@ -37,8 +37,8 @@ from tqdm import tqdm
 from critic import baselines, explained_variance_stats
 from model import (all_gather, check_model, generate, init_distributed, load_models, load_state, memory_gb,
                    micro_batches, optimizer_step)
-from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task,
-                   history, mean, minibatches, open_run_folder, refusing, summary, write_atomic)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error,
+                   get_task, history, mean, minibatches, open_run_folder, summary, truncate_logs, write_atomic)
 
 ALGORITHM = "mc"
 
@@ -88,7 +88,7 @@ group.add_argument("--eval_only", action="store_true", help="evaluate the agents
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
 args.algorithm = ALGORITHM
-with refusing(parser):  # all user errors are found before anything is built or loaded
+with exit_on_error(parser):  # all user errors are found before anything is built or loaded
     rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
@@ -112,7 +112,7 @@ print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
 start_time = time.time()
 signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
 torch.set_num_threads(args.threads or torch.get_num_threads())
-with refusing(parser):
+with exit_on_error(parser):
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.attn,
                       args.gradient_checkpointing, args.compile)  # one per agent; builds the tiny base if missing
     if not args.eval_only and rank == 0:
@@ -136,7 +136,7 @@ progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s":
             "critic/truncated": 0}  # always 0: all logs have the same keys
 log_path, state_path = os.path.join(args.out_dir, "log.jsonl"), os.path.join(args.out_dir, "train_state.pt")
 if saved := (args.resume or args.eval_only) and os.path.exists(state_path):
-    with refusing(parser):
+    with exit_on_error(parser):
         saved = load_state(state_path, args.device)
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
@@ -153,7 +153,7 @@ if saved and args.resume:
 def save():
     """train_state.pt, written first, is all that --resume needs; the adapter folders are all that the agents need."""
     if rank == 0:
-        with refusing(parser):
+        with exit_on_error(parser):
             state = {name: module.state_dict() for name, module in stateful.items()} | {
                 "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
                 "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress}
@@ -164,7 +164,7 @@ def save():
 
 def log(line):
     if rank == 0:
-        with refusing(parser), open(log_path, "a", encoding="utf-8") as file:
+        with exit_on_error(parser), open(log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if args.wandb:
             wandb.log(line, step=line["step"])
@@ -268,7 +268,7 @@ def evaluate(show):
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)
-        with refusing(parser), open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
+        with exit_on_error(parser), open(os.path.join(args.out_dir, "samples.txt"), "a", encoding="utf-8") as file:
             for e in episodes[:4]:
                 file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
     for e in episodes[:show]:
@@ -289,7 +289,7 @@ interrupted = []
 for signum in (signal.SIGINT, signal.SIGTERM):  # torchrun forwards Ctrl-C as SIGTERM
     signal.signal(signum, lambda signum, _: (interrupted.append(1), signal.signal(signum, signal.SIG_DFL)))
 if args.resume and rank == 0:
-    refusing(parser)(cut_log)(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
+    exit_on_error(parser)(truncate_logs)(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
            dynamic_ncols=True, disable=rank > 0)
 for step in bar:

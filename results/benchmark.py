@@ -9,8 +9,8 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
     8 answers an update (cc, dc) or of all answers to 2 prompts (mc), its defaults; over several turns it allows one
     answer per prompt (cc, dc) or a tree (mc: 2 branches a node, as in its Minecraft runs), whose leaves count as
     episodes; as the peer, ours plays the tree, too.
- 2. Floor. What our last step asked of the model, asked again of the bare model: prompts at once, tokens one by one
-    with a KV cache, forward and backward of every micro-batch; no adapters, no sampling, no bookkeeping.
+ 2. Floor. The calls of the model in our last step, repeated on the bare model: prefill of the prompts, decode with a KV
+    cache, forward and backward of every micro-batch; no adapters, no sampling, no bookkeeping.
  3. --to_score 60: seconds of training, evaluations left out, until strbuild's held-out score is 60, from one tiny
     base. Ours with its defaults or --our_settings; the peer updates once per 16 episodes, as ours does, unless
     --peer_buffer says otherwise.
@@ -44,7 +44,7 @@ PARTS = ("rollout", "scoring", "critic", "update")
 NORMAL = {"episodes": 32, "words": 198, "tokens": 96, "steps": 2, "width": 128, "layers": 4}
 LARGE = {"episodes": 32, "words": 40, "tokens": 96, "steps": 2}  # on a GPU
 SMALL = {"episodes": 32, "words": 20, "tokens": 8, "steps": 1, "width": 32, "layers": 2}
-# answers: to a prompt, when there is a single turn
+# answers: to each prompt, over a single turn
 AS_PEER = {"answers": 4, "passes": 1}
 SIDES = {"peer": {"answers": 4}, "ours, as the peer": AS_PEER, "ours, as the peer, torchrun": AS_PEER | {"ranks": 2},
          "peer, 16": {"answers": 16}, "ours, as the peer, 16, torchrun": AS_PEER | {"answers": 16, "ranks": 2},
@@ -54,11 +54,11 @@ SIDES = {"peer": {"answers": 4}, "ours, as the peer": AS_PEER, "ours, as the pee
 
 
 def bench_task(words):
-    """A task class: an item is `words` words per agent; answers are worth the share of words that both say."""
+    """A task class: an item has `words` words per agent; the reward is the share of words that both answers have."""
     from tasks import Task
 
     class Bench(Task):
-        def builtin(self):
+        def builtin_items(self):
             rng = random.Random(0)
             items = [[" ".join(f"w{rng.randrange(1000)}" for _ in range(words)) for _ in range(AGENTS)]
                      for _ in range(257)]
@@ -68,10 +68,10 @@ def bench_task(words):
             return item[agent]
 
         def judge(self, item, responses, turn, world=None):
-            said = [set(response.split()) for response in responses]
-            reward = len(set.intersection(*said)) / max(1, len(set.union(*said)))
-            told = [f"w{agent} w{turn}" for agent in range(AGENTS)]
-            return self.outcome(reward, 100 * reward, {}, turn, False, feedback=told)
+            used = [set(response.split()) for response in responses]
+            reward = len(set.intersection(*used)) / max(1, len(set.union(*used)))
+            feedback = [f"w{agent} w{turn}" for agent in range(AGENTS)]
+            return self.outcome(reward, 100 * reward, {}, turn, False, feedback=feedback)
 
     return Bench
 
@@ -108,8 +108,8 @@ def build_model(folder, width, layers):
 
 
 def timed(seconds, name, function):
-    """The same function; seconds[name] grows by the time that it takes."""
-    @functools.wraps(function)  # the peer looks at signatures
+    """The function, wrapped so that its run time is added to seconds[name]."""
+    @functools.wraps(function)  # the peer inspects signatures
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
         result = function(*args, **kwargs)
@@ -117,11 +117,11 @@ def timed(seconds, name, function):
         return result
     return wrapper
 
-# --- ours: the train script, watched ----------------------------------------------------------------------------------
+# --- ours: the train script, instrumented -----------------------------------------------------------------------------
 
 
-def branches(job):
-    """As the peer plays: answers to a prompt, and episodes and joint actions that one item gives."""
+def rollout_counts(job):
+    """In the peer's kind of rollout: answers to a prompt, and an item's episodes and joint actions."""
     T, tree = job["turns"], job["algorithm"] == "mc"
     G = job["answers"] if T == 1 else 2 if tree else 1
     return (G, G ** T, sum(G ** t for t in range(1, T + 1))) if tree else (G, G, G * T)
@@ -138,15 +138,15 @@ def ours(job):
     import tasks
     from critic import Critic
     from model import LanguageModel, memory_gb
-    steps, seconds = [], {}  # steps: of each, its calls (part, when, rows, T, new tokens; rollout: answers)
+    steps, seconds = [], {}  # steps: of each, its calls (part, time, rows, T, new tokens; rollout: answers)
     tasks.TASKS["bench"] = bench = bench_task(job["words"])
     bench.judge_all = timed(seconds, "scoring", bench.judge_all)
 
-    def watch(owner, name, call):
+    def watch(owner, name, describe):
         method = getattr(owner, name)
 
         def watched(self, *args, **kwargs):
-            part, *shape = call(*args, **kwargs)
+            part, *shape = describe(*args, **kwargs)
             if part == "rollout" and (not steps or steps[-1][-1][0] != "rollout"):
                 steps.append([])
             steps[-1].append((part, time.perf_counter(), *shape))
@@ -163,7 +163,7 @@ def ours(job):
     watch(Critic, "forward", lambda inputs, turns: ("critic", len(inputs), longest(inputs), 0))
     more = {"passes": job["passes"]} if "passes" in job else {}
     if "answers" in job:
-        group, leaves, answers = branches(job)
+        group, leaves, answers = rollout_counts(job)
         more |= {"group_size": group} | ({"tree": True} if job["algorithm"] == "mc" else {})
         more["minibatches"] = job["episodes"] * answers // leaves // (2 * group if job["algorithm"] == "mc" else 8)
     ranks = job.get("ranks", 1)
@@ -173,8 +173,8 @@ def ours(job):
                  **more)
     with open(os.path.join(job["out"], "log.jsonl")) as file:
         before, *lines = [line for line in map(json.loads, file) if "time/rollout_s" in line]
-    steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations,
-    steps = steps[-job["steps"] - 1:]  # but for the first ones, in which the model is tried out
+    steps = [step for step in steps if any(part == "update" for part, *_ in step)]  # the others are evaluations
+    steps = steps[-job["steps"] - 1:]  # without the first calls, with which the model is tried out
     rollout, update = (mean(line[f"time/{part}_s"] for line in lines) for part in ("rollout", "update"))
     scoring = seconds["scoring"] / len(steps)
     critic = mean(next(call[1] for call in step if call[0] == "update") -
@@ -194,7 +194,7 @@ def floor(folder, calls):
     model, seconds = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), {}
 
     class RoomyLayer(DynamicLayer):
-        """The library's own copies all earlier keys and values for each new token, which need not be."""
+        """Has room to grow; the library's own layer copies all earlier keys and values for each new token."""
 
         def update(self, keys, values, *args, **kwargs):
             old = self.get_seq_length()
@@ -255,9 +255,9 @@ def peer_trainer(task, folder, algorithm, seconds, lr, dtype="float32", **settin
         return [task.judge(item, list(joint), 0).reward for joint in zip(*answers)]
 
     def transition(prompt, agent_completions, response_history_per_agent, **_):
-        item, said = task.train_items[int(prompt)], list(agent_completions)
-        outcome = task.judge(item, said, len(response_history_per_agent[0]) - 1)
-        return prompts(item, [Turn(None, None, None, said, outcome)])
+        item, responses = task.train_items[int(prompt)], list(agent_completions)
+        outcome = task.judge(item, responses, len(response_history_per_agent[0]) - 1)
+        return prompts(item, [Turn(None, None, None, responses, outcome)])
 
     critic = algorithm != "mc"
     return prompts, tokenizer, getattr(trainers, TRAINERS[algorithm] + "Trainer")(
@@ -281,7 +281,7 @@ def peer(job):
     import torch
     from model import memory_gb
     torch.set_num_threads(job["threads"])
-    T, seconds, (G, leaves, answers) = job["turns"], {}, branches(job)
+    T, seconds, (G, leaves, answers) = job["turns"], {}, rollout_counts(job)
     _, _, trainer = peer_trainer(bench_task(job["words"])(AGENTS, T), job["model"], job["algorithm"], seconds, 5e-6,
                                  "bfloat16" if job["device"] == "cuda" else "float32", num_generations=G,
                                  max_new_tokens=job["tokens"], early_termination_threshold=None)
@@ -292,15 +292,15 @@ def peer(job):
         critic.forward = timed(seconds, "critic", critic.forward)
 
     def watched_backward(loss):
-        losses.append(1)  # an agent's loss, then a critic's, and so on
+        losses.append(1)  # by turns an agent's loss and a critic's
         timed(seconds, "critic" if critics and len(losses) % 2 == 0 else "actor", backward)(loss)
 
     torch.Tensor.backward = watched_backward
     train(trainer, range(1 if job["device"] == "cuda" else 2))
     seconds.update(dict.fromkeys(seconds, 0.0))
-    if job["device"] == "cuda":  # an answer takes seconds: one update
+    if job["device"] == "cuda":  # an answer takes seconds: a single update
         items = max(1, 8 // answers)
-    else:  # over turns cc and dc take long
+    else:  # over several turns cc and dc are slow
         items = max(2, job["episodes"] // (leaves if T == 1 or job["algorithm"] == "mc" else 4 * G))
     timed(seconds, "all", train)(trainer, range(2, 2 + items))
     parts = {part: seconds.get(part, 0.0) for part in PARTS[:3]}
@@ -316,7 +316,7 @@ def ours_to_score(job):
     summary, reached = tasks.summary, []
 
     def watched(episodes, prefix, *args):
-        if reached:  # and logged
+        if reached:  # that evaluation has been logged
             sys.exit()
         numbers = summary(episodes, prefix, *args)
         reached.extend([1] * (numbers.get("eval/score", 0) >= job["score"]))
@@ -348,14 +348,14 @@ def peer_to_score(job):
     def held_out():
         episodes = [Episode(item) for item in task.eval_items]
         for t in range(task.num_turns):
-            running, said = [e for e in episodes if not (e.turns and e.turns[-1].outcome.done)], []
-            shown = [prompts(e.item, e.turns) for e in running]
+            running, answers = [e for e in episodes if not (e.turns and e.turns[-1].outcome.done)], []
+            texts = [prompts(e.item, e.turns) for e in running]
             for k, agent in enumerate(trainer.agents if running else []):
-                batch = tokenizer([texts[k] for texts in shown], return_tensors="pt", padding=True, padding_side="left")
+                batch = tokenizer([text[k] for text in texts], return_tensors="pt", padding=True, padding_side="left")
                 tokens = agent.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=True,
                                         temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=task.max_new_tokens)
-                said.append(tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1]:], skip_special_tokens=True))
-            for e, joint in zip(running, zip(*said)):
+                answers.append(tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1]:], skip_special_tokens=True))
+            for e, joint in zip(running, zip(*answers)):
                 e.turns.append(Turn(None, None, None, joint, task.judge(e.item, list(joint), t)))
         return mean(e.turns[-1].outcome.score for e in episodes)
 
@@ -415,16 +415,16 @@ def speed(args, folder):
 
     rows, floors = [], []
     for key, runs in results.items():
-        like = (*key[:2], "peer, 16" if "16" in key[2] else "peer")
-        split = [median(size["episodes"] * run[part] / run["episodes"] for run in runs) for part in PARTS]
+        rival = (*key[:2], "peer, 16" if "16" in key[2] else "peer")
+        spent = [median(size["episodes"] * run[part] / run["episodes"] for run in runs) for part in PARTS]
         rows.append([*key, f"{rate(key):.2f}", f"{rate(key, 'answers') * AGENTS * size['tokens']:.0f}", *(
-            f"{part:.2f}" for part in split), f"{median(run['memory'] for run in runs):.2f}",
-            f"{rate(key) / rate(like):.2f}" if like in results and "as" in key[2] else ""])
+            f"{part:.2f}" for part in spent), f"{median(run['memory'] for run in runs):.2f}",
+            f"{rate(key) / rate(rival):.2f}" if rival in results and "as" in key[2] else ""])
         if "floor" in runs[0]:
             bare = {part: runs[0]["floor"].get(part, 0.0)
                     for part in (*PARTS, *(f"frozen {part}" for part in PARTS))}
-            floors.append([*key, *(f"{mine:.2f} / {bare[part]:.2f}" for part, mine in zip(PARTS, split)), *(
-                f"{sum(split) / sum(bare[prefix + part] for part in PARTS):.2f}" for prefix in ("", "frozen "))])
+            floors.append([*key, *(f"{mine:.2f} / {bare[part]:.2f}" for part, mine in zip(PARTS, spent)), *(
+                f"{sum(spent) / sum(bare[prefix + part] for part in PARTS):.2f}" for prefix in ("", "frozen "))])
     print(f"Seconds for {size['episodes']} episodes; last column: ours / the peer, in episodes.\n")
     table(["", "turns", "code", "episodes/s", "tokens/s", *(f"{part} s" for part in PARTS), "GB", "times"], *rows)
     if floors:

@@ -5,8 +5,8 @@ The table and the curves of the README's comparison, from the log.jsonl files of
     python results/compare.py --svg results/comparison.svg     # and draws the curves (needs matplotlib)
 
 A file is called SETTING-METHOD-seedK.jsonl. CoLLM-CC is compared with every other method by the exact two-sided
-permutation test on the difference of the means over seeds; with five seeds each there are 252 ways to deal ten runs to
-two methods, so that no p is below 2/252 = 0.008. The p-values of each of a setting's two scores are corrected for their
+permutation test on the difference of the means over seeds; with five seeds there are 252 ways to split ten runs into
+two groups, so that no p is below 2/252 = 0.008. The p-values of each of a setting's two scores are corrected for their
 number by Holm's method.
 """
 import argparse
@@ -23,7 +23,7 @@ SETTINGS = {"one": "1 turn", "official": "4 turns, dense, rebuilt (official)", "
 
 
 def permutation_p(ours, theirs):
-    """Share of the ways to deal all numbers to two groups of these sizes whose means differ at least as much.
+    """Share of the ways to split all numbers into two groups of these sizes whose means differ at least as much.
 
     [1, 2] against [3, 4]: of 6 ways, [1, 2] and [3, 4] differ by 2, none by more: 2/6.
     """
@@ -70,19 +70,19 @@ def table(runs):
         if "cc" not in methods:
             continue
         final = {method: [last["eval/score"] for _, last, _ in seeds] for method, seeds in methods.items()}
-        whole = {method: [statistics.mean(line["train/score"] for line in lines) for lines, _, _ in seeds]
-                 for method, seeds in methods.items()}
-        p_final, p_whole = (holm({method: permutation_p(numbers["cc"], numbers[method])
-                                  for method in methods if method != "cc"}) for numbers in (final, whole))
+        during = {method: [statistics.mean(line["train/score"] for line in lines) for lines, _, _ in seeds]
+                  for method, seeds in methods.items()}
+        p_final, p_during = (holm({method: permutation_p(numbers["cc"], numbers[method])
+                                   for method in methods if method != "cc"}) for numbers in (final, during))
         actions = [last["joint_actions"] for seeds in methods.values() for _, last, _ in seeds]
-        number = " to ".join(f"{count:,}" for count in sorted({min(actions), max(actions)}))
-        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {number} joint actions a run\n")
+        counts = " to ".join(f"{count:,}" for count in sorted({min(actions), max(actions)}))
+        print(f"\n**{SETTINGS[setting]}**: {min(map(len, methods.values()))} seeds, {counts} joint actions a run\n")
         print("| | raw | trained | p | reward per turn | mean training score | p |\n|---|---|---|---|---|---|---|")
         for method, seeds in methods.items():
             reward = spread([last["eval/reward"] for _, last, _ in seeds], 2)
-            p, q = (f"{ps[method]:.2f}" if method in ps else "" for ps in (p_final, p_whole))
+            p, q = (f"{ps[method]:.2f}" if method in ps else "" for ps in (p_final, p_during))
             print(f"| {METHODS[method]} | {seeds[0][2]['eval/score']:.1f} | {spread(final[method])} | {p} | {reward} | "
-                  f"{spread(whole[method])} | {q} |")
+                  f"{spread(during[method])} | {q} |")
         print("\nexplained variance of V on fresh episodes, turn by turn, mean over the second half of the steps:")
         for method in ("cc", "dc", "cc1"):
             late = [line["value/explained_variance_by_turn"] for lines, _, _ in methods.get(method, [])
@@ -109,9 +109,9 @@ def draw(runs, path):
             steps = list(zip(*[lines for lines, _, _ in seeds]))  # [step][seed]
             x = [statistics.mean(line["joint_actions"] for line in step) for step in steps]
             y = [[line["train/score"] for line in step] for step in steps]
-            middle, around = list(map(statistics.mean, y)), list(map(statistics.stdev, y))
-            axis.plot(x, middle, color=color, label=METHODS[method])
-            axis.fill_between(x, [m - s for m, s in zip(middle, around)], [m + s for m, s in zip(middle, around)],
+            means, stds = list(map(statistics.mean, y)), list(map(statistics.stdev, y))
+            axis.plot(x, means, color=color, label=METHODS[method])
+            axis.fill_between(x, [m - s for m, s in zip(means, stds)], [m + s for m, s in zip(means, stds)],
                               color=color, alpha=0.12, linewidth=0)
         axis.set(title=SETTINGS[setting], xlabel="joint actions", ylabel="score of the step's episodes")
     axes[-1].legend(frameon=False)

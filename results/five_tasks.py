@@ -15,7 +15,7 @@ PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": 
 
 
 def table(folder):
-    """One row per task: mean ± standard deviation over seeds of what the first and the last evaluation say."""
+    """One row per task: mean ± standard deviation over seeds, of the first and the last evaluation."""
     rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn "
             "| in the paper: raw / GRPO / CoLLM-CC |", "|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():
@@ -46,7 +46,7 @@ def table(folder):
 
 
 def episodes(folders):
-    """Of the four held-out episodes in each run's samples.txt the one that gained most: before and after."""
+    """Print before and after training, for each run, the one of the episodes in samples.txt that gained most score."""
     for folder in folders:
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
@@ -55,9 +55,9 @@ def episodes(folders):
         last = parts[-1][0]
         before, after = ([text.rstrip() for step, _, text in parts if step == which] for which in ("0", last))
         score = [[float(text.rsplit("score ", 1)[1]) for text in texts] for texts in (before, after)]
-        most = max(range(len(before)), key=lambda k: score[1][k] - score[0][k])
-        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[most]}\n```\n\n"
-              f"After {last} steps:\n\n```\n{after[most]}\n```\n")
+        best = max(range(len(before)), key=lambda k: score[1][k] - score[0][k])
+        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[best]}\n```\n\n"
+              f"After {last} steps:\n\n```\n{after[best]}\n```\n")
 
 
 if __name__ == "__main__":

@@ -46,17 +46,17 @@ SHAPES = {  # Qwen3's published configurations: width, layers, heads, KV heads, 
 
 def config_of(shape, layers=None, vocabulary=None):
     from transformers import Qwen3Config
-    width, deep, heads, kv_heads, head, mlp, words, tied = shape
-    return Qwen3Config(hidden_size=width, num_hidden_layers=layers or deep, num_attention_heads=heads,
+    width, depth, heads, kv_heads, head, mlp, tokens, tied = shape
+    return Qwen3Config(hidden_size=width, num_hidden_layers=layers or depth, num_attention_heads=heads,
                        num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp,
-                       vocab_size=vocabulary or words, tie_word_embeddings=tied, max_position_embeddings=8192)
+                       vocab_size=vocabulary or tokens, tie_word_embeddings=tied, max_position_embeddings=8192)
 
 
 def build(name, folder):
     """A model folder of a real LLM's shape with random bf16 weights, to measure speed and memory without a download.
 
-    Its tokenizer splits strbuild's prompts into words and single digits, as Qwen's does; the rest of the vocabulary are
-    all words of up to three letters, so that a random answer of 512 tokens is read as about 512 tokens next turn.
+    Its tokenizer splits strbuild's prompts into words and single digits, as Qwen's does; the rest of the vocabulary is
+    all words of up to three letters, so that a random answer of 512 tokens has about 512 tokens in the next prompt.
     """
     import itertools
     import string
@@ -65,9 +65,9 @@ def build(name, folder):
     from tasks import Episode, get_task, history
     task = get_task("strbuild")
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    talks = [history(task, Episode(task.eval_items[0]), agent) for agent in range(2)]
-    talks += [task.demonstration(random.Random(item)) for item in range(50)]
-    ranks = train_bpe([message["content"] for talk in talks for message in talk], pattern)
+    conversations = [history(task, Episode(task.eval_items[0]), agent) for agent in range(2)]
+    conversations += [task.demonstration(random.Random(item)) for item in range(50)]
+    ranks = train_bpe([message["content"] for messages in conversations for message in messages], pattern)
     for n in (1, 2, 3):
         for letters in itertools.product(string.ascii_letters, repeat=n):
             ranks.setdefault((" " + "".join(letters)).encode(), len(ranks))
@@ -98,7 +98,7 @@ def kept_by_a_layer(shape, tokens=128):
     from transformers import AutoModelForCausalLM
     from model import LanguageModel
     kept = []
-    for layers in (1, 2):  # the difference is one layer; what is outside of layers drops out
+    for layers in (1, 2):  # the difference is one layer; everything outside of layers cancels
         lm = LanguageModel.__new__(LanguageModel)
         lm.causal_lm = AutoModelForCausalLM.from_config(config_of(shape, layers, 64), dtype=torch.bfloat16)
         lm.causal_lm.requires_grad_(False)
@@ -111,7 +111,7 @@ def kept_by_a_layer(shape, tokens=128):
 
         def save(x):
             if x.untyped_storage().data_ptr() not in fixed:
-                saved[x.untyped_storage().data_ptr()] = x.untyped_storage()  # a storage kept twice is there once
+                saved[x.untyped_storage().data_ptr()] = x.untyped_storage()  # a storage saved twice counts once
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
@@ -125,12 +125,12 @@ def kept_by_a_layer(shape, tokens=128):
 def memory(shape, agents=2, critics=1, episodes=8, prompt=900, answer=512, micro_batch=2, rank=16):
     """GiB by part, without and with --gradient_checkpointing; prompt: the longest, with the last answer in it."""
     N, H, total, adapter = weights(shape, rank)
-    width, layers, _, kv_heads, head, _, words, _ = shape
+    width, layers, _, kv_heads, head, _, vocabulary, _ = shape
     layer, T = kept_by_a_layer(shape), prompt + answer
     static = {"base": 2 * total, "adapters": 16 * adapter * (agents + critics)}
     rows = agents * episodes
-    cache = rows * (T + prompt - answer) * layers * 2 * kv_heads * head * 2 + 16 * rows * words
-    logits = 18 * micro_batch * answer * words
+    cache = rows * (T + prompt - answer) * layers * 2 * kv_heads * head * 2 + 16 * rows * vocabulary
+    logits = 18 * micro_batch * answer * vocabulary
     plain = micro_batch * T * layer * layers + logits
     checkpointed = micro_batch * T * (layers * 2 * width + layer) + logits
     part = {name: size / GIB for name, size in (static | {
@@ -154,7 +154,7 @@ def operations(episodes, shape_weights, passes):
 
 
 def distinct(sequences):
-    """Tokens to compute when shared beginnings are computed once: [1, 2, 3] and [1, 2, 4] have 4."""
+    """Tokens to compute when shared prefixes are computed once: [1, 2, 3] and [1, 2, 4] have 4."""
     rows = sorted(sequences)
     return sum(len(row) - len(os.path.commonprefix([before, row])) for before, row in zip([[], *rows], rows))
 

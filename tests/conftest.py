@@ -1,8 +1,8 @@
 """
-One thread (two on tiny tensors are slower), no network, no GPU, here and in every script that a test starts.
+Tests, and the scripts that they start, use one thread (two are slower on tiny tensors), no network and no GPU.
 
-Scripts run whole, in a process of their own, forked from a server that has imported the libraries once: that saves
-seven seconds a run. .ci/run starts them the ordinary way.
+Scripts run as a whole, each in a process of its own that is forked from a server with the libraries imported, which
+saves seven seconds per run. .ci/run starts them the ordinary way.
 """
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ server.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox",
 
 
 def run_script(script, arguments, folder, output, environment):
-    """What a forked process does: become `python SCRIPT ARGUMENTS` in folder, writing to output.out and output.err."""
+    """In a forked process: run `python SCRIPT ARGUMENTS` in folder, writing to output.out and output.err."""
     os.environ.update(environment)
     for descriptor, suffix in [(1, ".out"), (2, ".err")]:
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -36,7 +36,7 @@ def run_script(script, arguments, folder, output, environment):
 
 
 class Workplace:
-    """A folder to run scripts in, with an out/ of its own that holds a hastily trained "tiny" base."""
+    """A folder to run scripts in, with an out/ of its own that holds a briefly trained "tiny" base."""
 
     def __init__(self, folder):
         from model import build_tiny
@@ -46,7 +46,7 @@ class Workplace:
                                heads=2)
 
     def start(self, script, *arguments, folder=None, environment={}):
-        """Start a script; .process is its process, .out and .err are the files that it writes."""
+        """Start a script; returns its .process and the files .out and .err that it writes."""
         self.count += 1
         output = str(self.folder / f"run-{self.count}")
         process = server.Process(target=run_script, args=(script, arguments, str(folder or self.folder), output, environment))
@@ -54,7 +54,7 @@ class Workplace:
         return SimpleNamespace(process=process, out=Path(output + ".out"), err=Path(output + ".err"))
 
     def run(self, script, *arguments, folder=None, timeout=120):
-        """Run a script to its end: .code, .out and .err as text."""
+        """Run a script to its end; returns its exit .code, and .out and .err as text."""
         run = self.start(script, *arguments, folder=folder)
         run.process.join(timeout)
         if run.process.exitcode is None:
@@ -70,7 +70,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def inside(workplace, monkeypatch):
-    """inside(script, ...) runs a script in this process and returns what its variables hold at the end."""
+    """inside(script, ...) runs a script in this process and returns its global variables at the end."""
     def inside(script, *arguments):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         workplace.count += 1

@@ -1,4 +1,4 @@
-"""What holds for every task, and what tldr, arxiv and housebuild do; the reward of coophe has tests of its own."""
+"""Tests of every task, and of tldr, arxiv and housebuild in particular; the reward of coophe has a file of its own."""
 import functools
 import itertools
 import json
@@ -13,12 +13,12 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, boxes_of, get_task, history
+from tasks import Episode, get_task, history, house_boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(tasks.TASKS)
 GENERATED = [name for name in NAMES if name != "strbuild"]  # strbuild's items have tests of their own
-OURS = ["tldr", "arxiv", "coophe", "housebuild"]  # a task that somebody adds may do without what is asked of these
+OURS = ["tldr", "arxiv", "coophe", "housebuild"]  # some tests are for these only, not for tasks that a user adds
 
 
 # --- items ------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_a_held_out_item_is_in_no_training_item_and_no_demonstration(name):
 @pytest.mark.parametrize("num_agents", [1, 2])
 def test_a_sloppy_team_is_worth_something_but_not_much(name, num_agents):
     task, rng = get_task(name, num_agents=num_agents), random.Random(2)
-    items = [task.shown(rng) for _ in range(60)]
+    items = [task.random_training_item(rng) for _ in range(60)]
     answers = [[task.expert(item, agent, rng) for agent in range(num_agents)] for item in items]
     outcomes = task.judge_all(items, answers, 0, [None] * 60)
     assert 20 < sum(outcome.score for outcome in outcomes) / 60 < 70
@@ -51,7 +51,7 @@ def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
     rng, shown = random.Random(3), set()
     for item in get_task(name).train_items[:40]:
         shown |= {get_task_once(name, n).observation(item, agent) for n in (1, 2) for agent in range(n)}
-    def form(text):  # its numbers and most words taken out: what all observations of a task share
+    def form(text):  # its first word, which all observations of a task share
         return re.split(r"[\W\d]+", text)[:1]
     assert {form(get_task_once(name, 2).demonstration(rng)[0]["content"])[0] for _ in range(40)} <= {
         form(text)[0] for text in shown}
@@ -59,7 +59,7 @@ def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_with_other_options_share_a_base(name):
-    """They learn from the same demonstrations, as the base is built by the first of them."""
+    """Their demonstrations must be the same, because the first of these runs builds the base for all."""
     others = [get_task(name, num_agents=1, num_turns=3, reward="sparse")]
     others += [get_task(name, feedback=feedback) for feedback in others[0].feedback_modes[1:]]
     for task in others:
@@ -87,10 +87,10 @@ def test_no_answer_breaks_the_judge(name):
 
 def test_boxes_by_hand():
     layers = {0: ["PP"], 1: ["P."]}
-    assert boxes_of(layers, {"P": "planks"}) == [((0, 0, 0), (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"),
-                                                 ((0, 1, 0), (0, 1, 0), "planks")]
+    assert house_boxes(layers, {"P": "planks"}) == [((0, 0, 0), (0, 0, 0), "planks"), ((1, 0, 0), (1, 0, 0), "planks"),
+                                                    ((0, 1, 0), (0, 1, 0), "planks")]
     cube = {y: ["PPP"] * 3 for y in range(3)}  # 27 planks: at most 13 in a box; it grows along x, z, then up
-    assert boxes_of(cube, {"P": "planks"})[0] == ((0, 0, 0), (2, 0, 2), "planks")
+    assert house_boxes(cube, {"P": "planks"})[0] == ((0, 0, 0), (2, 0, 2), "planks")
 
 
 def test_the_boxes_of_a_house_are_the_house_and_two_builders_can_build_it():
@@ -99,13 +99,13 @@ def test_the_boxes_of_a_house_are_the_house_and_two_builders_can_build_it():
     for item in task.train_items[:200]:
         target = sim.house_target(item["layers"], item["inventory"])
         cells = {}
-        for low, high, block in boxes_of(item["layers"], item["inventory"]):
+        for low, high, block in house_boxes(item["layers"], item["inventory"]):
             box = set(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))
             assert not box & cells.keys()
             cells |= dict.fromkeys(box, block)
         assert cells == target and set(target.values()) == set(sim.HOUSE_BLOCKS[:5])
         sizes.add((len(item["layers"][0][0]), len(item["layers"]), len(item["layers"][0])))
-        boxes = task.listed(item).splitlines(keepends=True)
+        boxes = task.boxes_text(item).splitlines(keepends=True)
         answers = ["".join(part).replace(": ", ":\nfill ") for part in (boxes[::2], boxes[1::2])]
         best.append(task.judge(item, [answers[0] + "kill", answers[1]], 0).score)
         assert task.judge(item, ["".join(answers)] * 2, 0).score < 100  # nobody has blocks for all of it
@@ -127,12 +127,12 @@ def test_housebuild_feedback():
     answers = ["fill 0 0 0 0 0 0 planks\nfill 0 0 1 0 0 1 planks", "fill 1 0 0 1 0 0 planks"]
     def told(feedback):
         return get_task("housebuild", feedback=feedback).judge(item, answers, 0).feedback
-    assert told("score") == ["Turn 2. The last answers were worth -0.5."] * 2  # 2 of 4 cells right... one wrong, one missing
+    assert told("score") == ["Turn 2. The last answers were worth -0.5."] * 2  # 2 of 4 cells are right, one is wrong, one missing
     assert told("perfect") == ["Turn 2. Your fills with wrong cells:\n 0 0 1 0 0 1 planks", "Turn 2. Your fills with wrong cells: none"]
     assert " 3: 1 0 1 1 0 1 planks" in told("position")[0]
-    answers = ["fill 0 0 0 1 0 1 air\nfill 0 0 0 1 0 0 planks", "fill 1 0 1 1 0 1 planks"]  # all mended in the end
+    answers = ["fill 0 0 0 1 0 1 air\nfill 0 0 0 1 0 0 planks", "fill 1 0 1 1 0 1 planks"]  # later commands repair everything
     assert told("perfect") == ["Turn 2. Your fills with wrong cells: none"] * 2
-    answers = ["fill 0 0 0 0 0 0 air", "fill 0 0 1 0 0 1 air"]  # air where planks are wanted, and where air is
+    answers = ["fill 0 0 0 0 0 0 air", "fill 0 0 1 0 0 1 air"]  # air where planks belong, and where air belongs
     assert told("perfect") == ["Turn 2. Your fills with wrong cells:\n 0 0 0 0 0 0 air", "Turn 2. Your fills with wrong cells: none"]
 
 
@@ -148,9 +148,9 @@ def test_one_agent_writes_both_texts(name):
     assert alone.max_new_tokens == 2 * team.max_new_tokens
 
 
-# --- data that people bring -------------------------------------------------------------------------------------------
+# --- users' own data --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, line, said", [
+@pytest.mark.parametrize("name, line, message", [
     ("tldr", {"prompt": " "}, "prompt"), ("tldr", {"text": "a"}, "prompt"), ("arxiv", {"abstract_text": 3}, "abstract_text"),
     ("housebuild", {"layers": {"0": ["AB"]}, "inventory": {"A": "planks"}}, "'B'"),
     ("housebuild", {"layers": {"0": ["AA", "A"]}, "inventory": {"A": "planks"}}, "equally"),
@@ -172,11 +172,11 @@ def test_one_agent_writes_both_texts(name):
     ("coophe", {"prompt": "def f(x):", "entry_point": "f(", "test": "assert candidate(1)"}, "name of a function"),
     ("coophe", {"prompt": "def f(x):", "entry_point": "f", "test": "def check(candidate):\n    pass"}, "assert"),
 ])
-def test_a_line_that_is_no_item(tmp_path, name, line, said):
+def test_a_line_that_is_no_item(tmp_path, name, line, message):
     good = get_task_once(name, 2).train_items[0]
     path = tmp_path / "own.jsonl"
     path.write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
-    with pytest.raises(ValueError, match=rf"own.jsonl, line 2: .*{re.escape(said)}") as error:
+    with pytest.raises(ValueError, match=rf"own.jsonl, line 2: .*{re.escape(message)}") as error:
         get_task(name, data=str(path))
     assert "\n" not in str(error.value)
 
@@ -204,7 +204,7 @@ HUB = {"tldr": ("trl-lib/tldr", {"train": "prompt", "test": "prompt"}),
 @pytest.mark.parametrize("name", HUB)
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
 def test_the_real_data_sets_are_read(tmp_path, monkeypatch, capsys, name, format):
-    """A folder of the data set's name stands for the hub: the datasets package reads it by the same call."""
+    """A local folder with the data set's name replaces the hub: the datasets package reads it by the same call."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -247,8 +247,8 @@ def test_held_out_rows_are_spread_evenly_and_not_trained_on(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path("own/set").mkdir(parents=True)
-    for split, numbers in [("train", [0, 1, 4, -1]), ("test", range(400))]:  # 0 stands in both; so does 1, but nobody is
-        datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # evaluated on it
+    for split, numbers in [("train", [0, 1, 4, -1]), ("test", range(400))]:  # 0 is in both; so is 1, which is no
+        datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # row that is evaluated
     train, held_out = tasks.read_hub([("own/set", "train", "test")], lambda row: {"n": row["n"]})
     assert train == [{"n": 1}, {"n": 4}, {"n": -1}] and held_out == [{"n": n} for n in range(0, 384, 3)]
 
@@ -271,7 +271,7 @@ def test_the_hub_that_cannot_be_reached(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("script, num_agents", [("train_cc.py", 2), ("train_dc.py", 1), ("train_mc.py", 2)])
 def test_every_script_plays_every_task(workplace, name, script, num_agents):
-    """With strbuild's hasty base, which knows no word of it: a model's answers may be anything."""
+    """With strbuild's briefly trained base, which knows none of these tasks: a model's answers may be anything."""
     items = get_task_once(name, 2).train_items[:8]
     data = workplace.folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(item | {"split": "eval" if k > 5 else "train"}) + "\n" for k, item in enumerate(items)))
@@ -283,7 +283,7 @@ def test_every_script_plays_every_task(workplace, name, script, num_agents):
     assert [line["step"] for line in lines] == [0, 1, 1] and 0 <= lines[-1]["eval/score"] <= 100
     assert lines[1]["joint_actions"] == 4 * get_task_once(name, 2).num_turns
     assert sorted(path.name for path in out.glob("agent_*")) == [f"agent_{i}" for i in range(num_agents)]
-    if script == "train_cc.py":  # and the team plays without the critic, one process per agent
+    if script == "train_cc.py":  # also: the team plays without the critic, one process per agent
         played = workplace.run("model.py", out)
         assert played.code == 0 and "agent 1 answers" in played.out and "score" in played.out, played.err
         refused = workplace.run("model.py", out, "--string", "CLIM")
@@ -291,7 +291,7 @@ def test_every_script_plays_every_task(workplace, name, script, num_agents):
 
 
 def test_the_task_that_the_readme_adds(workplace):
-    """The README's block goes into tasks.py where it says, and a run with it ends well."""
+    """The README's class, pasted into tasks.py where the README says, can be trained."""
     block = re.search(r"```python\n(class .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     name = re.match(r"class (\w+)\(Task\)", block)[1]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
@@ -314,7 +314,7 @@ def test_the_task_that_the_readme_adds(workplace):
 # --- where an episode ends --------------------------------------------------------------------------------------------
 
 def test_where_an_episode_ends():
-    """One block more is missing, one test more fails, one kind of transition more lacks: that is below the threshold."""
+    """One more missing block, failed test or missing kind of transition takes the reward below the threshold."""
     def ended(name, item, first, second):
         return get_task_once(name, 2).judge(item, [first, second], 0).done
     for string, done in [("I", False), ("IC", True)]:  # a missing cell of 13 costs 0.154, of 24 it costs 0.083

@@ -19,7 +19,7 @@ ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n   
                 "    assert candidate(3) == [1, 2, 5]\n    assert candidate(1) == [1]\n"}
 AUX = "def aux(n):\n    return n * n"
 MAIN = "def f(n: int) -> List[int]:\n    return [aux(i) + 1 for i in range(n)]"
-ONE = "def f(n):\n    {}\n    return [i * i + 1 for i in range(n)]"  # needs no aux, and does something first
+ONE = "def f(n):\n    {}\n    return [i * i + 1 for i in range(n)]"  # needs no aux, and runs a statement first
 WHOLE = "def aux(n):\n    return [i * i + 1 for i in range(n)]"  # an aux that does main's work
 
 
@@ -46,7 +46,7 @@ def test_the_worked_example_earns_four():
      "failed: assert candidate(3) == [1, 2, 5]"),
     (AUX, ONE.format("pass"), 2.5, 4, "main does not use aux"),
     ("no", ONE.format("pass"), 2.1, 4, "aux has no function with a return"),
-    ("no", MAIN, 1.1 + 0.25, 1, "aux has no function with a return"),  # [] needs no aux; what is not there is not used
+    ("no", MAIN, 1.1 + 0.25, 1, "aux has no function with a return"),  # [] needs no aux; an aux that is missing cannot be used
     ("def aux(n):\n    print(n)", ONE.format("x = aux(n)"), 2.1 + 1.5, 4, "aux has no function with a return"),
     (AUX, ONE.format("aux(n)"), 3.5, 4, "passed"),
     (WHOLE, 'def f(n):\n    """Doc."""\n    return aux(n)', 3.0, 4, "passed"),
@@ -67,7 +67,7 @@ def test_one_answer_for_both_and_imports_of_the_prompt_only():
     assert judge(AUX, MAIN, ITEM | {"prompt": "def f(n):\n"})[1] == 0  # List is unknown: the module does not load
     assert judge(AUX, "import math\n" + ONE.format("math.pi"))[1] == 0
     assert judge(AUX, ONE.format("math.pi"), ITEM | {"prompt": "import math\ndef f(n):\n"})[1] == 4
-    half = ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}  # with it the module is no Python
+    half = ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}  # with it the module does not parse
     assert judge(AUX, MAIN, half)[:2] == (1.0, 0) and judge(AUX, MAIN, half)[2].startswith("syntax error: ")
 
 
@@ -110,14 +110,14 @@ def test_tests_are_one_line_asserts_or_the_whole_check():
         reward, passed, level = judge(AUX, "def f(n):\n    return aux(n)", item)
         assert (reward, passed) == (1.5, 0) and level.startswith("failed: def check(candidate): ") and len(level) <= 200
     beside = "import math\nTWO = 2\ndef check(candidate):\n    assert candidate(TWO * math.ceil(.5)) == [1, 2]"
-    assert judge(AUX, MAIN, ITEM | {"test": beside}) == (4.0, 1, "passed")  # beside check, so there when it runs
+    assert judge(AUX, MAIN, ITEM | {"test": beside}) == (4.0, 1, "passed")  # defined beside check, so it is there when check runs
 
 
 def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
     item = ITEM | {"prompt": "def twice(n):\n    return 2 * n\n\ndef f(n):\n    \"\"\"Do.\"\"\"\n",
                    "test": "def check(candidate):\r    assert candidate(0) == [twice(0)]\r\rcheck(f)\r"}
     assert judge("def aux(n):\n    return [n]", "def f(n):\n    x = aux(n)\n    return x + []", item) == (4.0, 1, "passed")
-    for before in ("", "Two tries.\n"):  # the last definition holds, in Python and in prose
+    for before in ("", "Two tries.\n"):  # the last definition counts, in Python and in prose
         assert judge(AUX, f"{before}def f(n):\n    return 1\n\n{MAIN}") == (4.0, 4, "passed")
     assert judge(f"```{AUX}\n```", "".join(f"    {line}\n" for line in MAIN.split("\n"))) == (4.0, 4, "passed")
     assert coophe_tests("def check(candidate): assert candidate(1) == [1]") == [
@@ -126,7 +126,7 @@ def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
 
 @pytest.mark.parametrize("prompt", ["TWO = 2\ndef f(n):", "def f(n):\n    pass\nTWO = 2"])
 def test_what_a_prompt_holds_beside_the_function_is_there(prompt):
-    """Be it that the signature has no body, or that it does not come last; but aux is the agent's own."""
+    """Also where the signature has no body or does not come last; but an aux in the prompt does not count."""
     item = {"prompt": prompt, "entry_point": "f", "test": "def check(candidate):\n    assert candidate(1) == TWO\n"}
     assert judge(AUX, "def f(n):\n    return aux(n) + 1", item) == (4.0, 1, "passed")
     item["prompt"] = AUX + "\n" + prompt
@@ -150,7 +150,7 @@ def test_what_crashes_fails_and_its_neighbours_do_not(first):
     """The first answer does it in every test, the second in the test with n = 2 only, the third is fine."""
     results = coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, ONE.format(f"if n == 2: {first}")),
                               (ITEM, AUX, MAIN)])
-    alone = 0 if "getppid" in first else 3  # without namespaces who kills the worker fails everything
+    alone = 0 if "getppid" in first else 3  # without namespaces, killing the worker fails every test of the pair
     assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
 
 
@@ -169,7 +169,7 @@ def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
     "import os; os.mkdir('deep')", "import os; os.mkdir('deep', dir_fd=os.open('.', 0))",
     "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]"])
 def test_no_process_and_no_disk_full_of_files(first):
-    """Each of these raises: root's processes are not counted by the usual limit, and files are many small ones."""
+    """Each of these raises an error, although the usual limits count neither root's processes nor many small files."""
     assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
 
 
@@ -183,7 +183,7 @@ def test_no_network():
 @apart
 def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
     assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
-    # standard input, output and error, where the pass is sent, and the folder that is listed
+    # five: standard input, output and error, the pipe for the pass, and the folder being listed
     assert judge(AUX, ONE.format("import os; assert len(os.listdir('/proc/self/fd')) == 5"))[1] == 4
 
 
@@ -194,8 +194,8 @@ def test_an_answer_runs_isolated_and_sees_no_environment(monkeypatch):
 
 
 def test_all_tests_of_a_pair_share_a_time_limit(monkeypatch):
-    monkeypatch.setattr(tasks, "SECONDS", (9.0, 1.5))
-    assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: what passed is kept
+    monkeypatch.setattr(tasks, "TIME_LIMITS", (9.0, 1.5))
+    assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: tests passed in time count
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -234,7 +234,7 @@ def test_pairs_left_by_a_dead_worker_are_judged_again(monkeypatch):
 def test_a_module_that_does_not_load_passes_nothing_and_output_goes_nowhere(capfd):
     assert judge(AUX, f"@undefined\n{MAIN}") == (1.5, 0, "failed: assert candidate(0) == []")
     assert judge(AUX, ONE.format("print('x' * 10 ** 7)"))[1] == 4
-    assert judge(AUX, ONE.format("f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1"))[1] == 4  # afresh
+    assert judge(AUX, ONE.format("f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1"))[1] == 4  # loaded anew for each test
     assert judge(AUX, ONE.format("import os; assert not os.listdir('.'); open('x', 'w').close()"))[1] == 4
     assert capfd.readouterr() == ("", "")
 

@@ -1,4 +1,4 @@
-"""StrBuild: every number here was computed by hand, or again from scratch by the brute force at the end."""
+"""StrBuild and HouseBuild: every number was computed by hand, or a second time by the brute force below."""
 import random
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import minecraft_sim as sim
 
 from minecraft_sim import (LETTERS, PALETTES, command_lines, command_shares, draw_ansi, draw_svg,
-                           draw_text, integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
+                           draw_text, parse_integers, read_commands, scripted_builders, strbuild_score, strbuild_world,
                            string_target, target_cells, texture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +42,11 @@ def test_letters_and_targets():
 def test_reading_lines():
     assert list(command_lines("Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone.")) == [
         "/setblock 0 0 0 stone", "kill"]
-    assert list(command_lines("a\n```\nb")) == ["a", "```", "b"]                    # one fence is no block
+    assert list(command_lines("a\n```\nb")) == ["a", "```", "b"]                    # a single fence encloses nothing
     assert list(command_lines("```\ntext\nb\n```\n```\nc\n```")) == ["text", "b"]   # the word is not on the first line
     assert list(command_lines("```/kill\nb```")) == ["/kill", "b"]                  # a command, not a language
     assert list(command_lines("``` c++ \r\nb\r\n```")) == ["b"]
-    assert list(command_lines("```kill```")) == ["kill"]                            # no line break: no language word
+    assert list(command_lines("```kill```")) == ["kill"]                            # no line break: no language tag
     assert list(command_lines("```a b\nc```")) == ["a b", "c"] and list(command_lines("``````\na")) == []
     assert list(command_lines("-a\n* - b\n12) c\n 3.\td\n-\n1.e")) == ["-a", "- b", "c", "d", "-", "1.e"]
 
@@ -75,7 +75,7 @@ def test_accepted_lines(line):
 def test_rejected_lines(line, reason):
     accepted, reasons = read(line)
     assert accepted == [] and len(reasons) == 1 and reason in reasons[0]
-    assert integers(["1", "+2", "-3"]) == (1, 2, -3)
+    assert parse_integers(["1", "+2", "-3"]) == (1, 2, -3)
 
 
 def test_shares():
@@ -128,12 +128,12 @@ def test_order_air_and_empty_cases():
 
 
 def test_commands_find_the_world_that_the_last_turn_left():
-    start = {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # one wanted, one stray
+    start = {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # one on target, one stray
     world, accepted, _ = strbuild_world(EXAMPLE, ["setblock 1 1 0 stone", "setblock 1 0 0 air"], PALETTES, start=start)
     assert world == {(0, 1, 0): "stone", (1, 1, 0): "stone"} and list(map(len, accepted)) == [1, 1]
     score = strbuild_score(EXAMPLE, ["setblock 1 1 0 stone", "setblock 1 0 0 air"], PALETTES, start=start)
     assert score["coverage"] == 2 / 4 and score["extra_ratio"] == 0 and score["adjacent_same_ratio"] == 1
-    assert start == {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # nobody else's world is touched
+    assert start == {(0, 1, 0): "stone", (1, 0, 0): "obsidian"}  # the caller's world is unchanged
 
 
 
@@ -166,7 +166,7 @@ def test_pictures():
 def test_pictures_of_a_house():
     world = sim.housebuild_world(HOUSE, INVENTORY, ["fill 0 0 0 2 0 0 planks\nfill 0 1 0 0 1 0 planks", ""])[0]
     plan = sim.house_plan(HOUSE, INVENTORY)
-    front = draw_text(plan, world).split("\n")[2]  # z = 0 is nearest: floor, then the layer above
+    front = draw_text(plan, world).split("\n")[2]  # z = 0 is nearest: the floor, then the layer above
     assert front == "PPP  p.."
     root = ElementTree.fromstring(draw_svg(plan, world))
     groups = root.findall("{*}g")
@@ -200,7 +200,7 @@ def test_demo(tmp_path):
 
 
 def test_score_against_brute_force():
-    """Lines are written from a known meaning, so the second computation reads no text at all."""
+    """Lines are written from known commands, so that the second computation need not parse any text."""
     looks = {"oak_planks": 1, "birch_wood": 1, "stone": 2, "smooth_stone": 2, "white_concrete": 3, "obsidian": 4}
     rng = random.Random(1)
     for _ in range(400):
@@ -276,7 +276,7 @@ def test_a_house_command_is_accepted_or_not(line, accepted):
 def test_blocks_run_out_and_a_smaller_fill_may_still_pass():
     assert sim.block_limits(sim.house_target(HOUSE, INVENTORY), 2) == {"planks": 6, "obsidian": 5}
     score = house_score("fill 0 0 0 2 0 0 planks\nfill 0 0 0 1 0 0 planks\nfill 0 0 2 1 0 2 planks\nfill 2 0 2 2 0 2 planks", "")
-    assert score["accepted"] == [3, 0] and score["match"] == pytest.approx((18 - 15 + 4) / 18)  # overlaps are paid for
+    assert score["accepted"] == [3, 0] and score["match"] == pytest.approx((18 - 15 + 4) / 18)  # overlaps use up blocks, too
     assert house_score("fill 0 0 0 2 0 2 planks", "", limited_resource=False)["accepted"] == [1, 0]
     assert house_score("fill 0 0 0 2 1 2 air\n" * 9, "")["accepted"] == [9, 0]  # air is free
 
@@ -293,9 +293,9 @@ def test_a_house_by_hand():
 def test_spiders():
     for attacks, hp, penalty in [([1, 1, 1], 5, 0.06), ([3, 3, 3], 5, 0.1), ([], 5, 0), ([2], 0, 0)]:
         assert house_score("", "", spider_attacks=attacks, player_hp=hp)["spider_penalty"] == pytest.approx(penalty)
-    assert house_score("", spider_attacks=[3])["spider_penalty"] == 0  # alone, nobody is there to be protected
+    assert house_score("", spider_attacks=[3])["spider_penalty"] == 0  # a single agent pays no penalty
     over = house_score("fill 0 0 0 0 0 0 planks\nkill", "", spider_attacks=[5], max_commands=2)
-    assert over["spider_penalty"] == pytest.approx(0.1) and over["accepted"] == [1, 0]  # a kill above the share is none
+    assert over["spider_penalty"] == pytest.approx(0.1) and over["accepted"] == [1, 0]  # a kill over the share does not count
 
 
 def test_a_block_of_the_wrong_kind_counts_for_the_iou_but_not_for_the_match():

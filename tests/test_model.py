@@ -22,8 +22,8 @@ SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
            "llama": lambda **ids: LlamaConfig(**SHAPE, num_key_value_heads=2, **ids),
            "qwen3": lambda **ids: Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **ids)}
-# these attend to the last tokens only (phimoe tells its masks alone), scale or bend their logits after the output layer, know no fused attention, share
-# keys between layers or compress them, have experts, or layers with a state instead of keys and values
+# these use sliding windows (phimoe's are in its masks only), scale or cap their logits after the output layer, have no fused attention, share keys
+# and values between layers or compress them, have experts, or have layers with a state instead of keys and values
 PECULIAR = {"mistral": lambda **ids: MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16, **ids),
             "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, **ids),
             "gemma2": lambda **ids: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **ids),
@@ -52,7 +52,7 @@ def tokenizers():
 
 
 def make_folder(config, path, tokenizer):
-    """A model folder as a person might bring one: random weights, wide enough apart that its answers differ."""
+    """A model folder as a user might bring one; its random weights are large enough for its answers to differ."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), bos_token_id=None,
                                                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
@@ -70,7 +70,7 @@ def folder(request, tokenizers, tmp_path_factory):
 
 
 def team(folder, names=("agent_0", "agent_1", "critic")):
-    """A language model whose adapters are no longer the zero they start as."""
+    """A language model with adapters that have moved away from their initial zero."""
     lm = LanguageModel(folder, rank=4)
     torch.manual_seed(1)
     for name in names:
@@ -100,7 +100,7 @@ def likely_to_end(lm):
 
 
 def plain_logprobs(network, prompt, answer):
-    """One row, no padding, no cache, the logits of the library: (N,)."""
+    """Of one row, without padding or cache, from the library's own logits: (N,)."""
     with torch.no_grad():
         logits = network(input_ids=torch.tensor([prompt + answer])).logits[0].float()
     logp = logits.log_softmax(-1)
@@ -126,9 +126,9 @@ CHATS = {  # name: (template in the manner of that family, what ends an answer, 
                 "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}", "<|end|>",
                 "[INST] Rules.\n\nDo. [/INST]"),
     "glm": (LOOP + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-            "<|user|>", "<|system|>\nRules.<|user|>\nDo.<|assistant|>\n"),  # the next message ends an answer
+            "<|user|>", "<|system|>\nRules.<|user|>\nDo.<|assistant|>\n"),  # an answer ends where the next message begins
     "forgets": (LOOP + "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>",  # leaves out the rules
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>",  # leaves out the system message
                 "<|im_start|>user\nRules.\n\nDo.\n<|im_end|>\n<|im_start|>assistant\n"),
     "none": (None, "<|end|>", "system: Rules.\nuser: Do.\nassistant:")}
 
@@ -164,11 +164,11 @@ def test_a_base_model_without_a_chat_format_reads_its_first_token_all_the_same(t
     assert ids.count(begin) == 1 and lm.tokenizer.decode(ids) == "<|begin|>user: Do.\nassistant:"
 
 
-@pytest.mark.parametrize("template, said", [("{{ raise_exception('roles, please') }}", "roles, please"), ("{% for %}", "")])
-def test_a_broken_chat_template_is_one_sentence(template, said, tokenizers, tmp_path):
+@pytest.mark.parametrize("template, message", [("{{ raise_exception('roles, please') }}", "roles, please"), ("{% for %}", "")])
+def test_a_broken_chat_template_is_one_sentence(template, message, tokenizers, tmp_path):
     tokenizer = copy.deepcopy(tokenizers[1])
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="no model folder or id that can be loaded: .*" + said) as refused:
+    with pytest.raises(ValueError, match="no model folder or id that can be loaded: .*" + message) as refused:
         model.check_model(make_folder(CONFIGS["llama"], tmp_path, tokenizer), 2)
     assert "\n" not in str(refused.value)
 
@@ -211,7 +211,7 @@ def test_a_command_costs_two_tokens_and_letters_stay_apart(tokenizers):
 
 
 def test_no_text_of_a_person_becomes_a_special_token(tokenizers):
-    """An answer that spells out the end mark must not end the next history, nor speak in another role."""
+    """An answer that spells out the end token must neither end the next history nor start another role."""
     encoding, tokenizer = tokenizers
     spelled = tokenizer("<|end|><|user|>", add_special_tokens=False).input_ids
     plain = encoding.encode_ordinary("<|end|><|user|>")
@@ -252,7 +252,7 @@ def test_tiny_is_the_same_for_the_same_seed_and_keeps_a_finished_one(tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
-    """KV cache, left padding, rows that finish early and two agents in one batch change no log-probability."""
+    """KV cache, left padding, rows that finish early and two agents in a batch do not change log-probabilities."""
     lm = team(folder)
     likely_to_end(lm)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 6, prompts_of(lm, 12)
@@ -265,7 +265,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(folder, temperature):
     assert entropy.shape == again.shape and (entropy > 0).all()
     stopped = [answer for answer in tokens if answer[-1] == lm.end]  # stopping is a choice with a log-probability
     assert stopped and all(answer.count(lm.end) == (answer[-1] == lm.end) for answer in tokens)
-    assert all(len(answer) == 24 for answer in tokens if answer[-1] != lm.end)  # what was cut has no end token
+    assert all(len(answer) == 24 for answer in tokens if answer[-1] != lm.end)  # a truncated answer has no end token
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -327,7 +327,7 @@ def test_a_kind_of_model_that_comes_out_wrong_is_refused(tokenizers, tmp_path, m
 
 
 class Waiting(TorchDispatchMode):
-    """Whatever would make a GPU wait for a number is an error, as it is while a CUDA graph is recorded."""
+    """Every operation that makes the CPU wait for a number from the GPU is an error, as in the capture of a CUDA graph."""
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         assert operation.overloadpacket.__name__ not in ("_local_scalar_dense", "item", "is_nonzero", "nonzero")
         return operation(*args, **kwargs or {})
@@ -358,7 +358,7 @@ def test_a_step_of_sampling_reads_no_number(name, tokenizers, tmp_path):
 
 
 def test_positions_that_depend_on_other_rows_are_not_reached(tokenizers, tmp_path):
-    """LongRoPE turns all rows of a forward otherwise once one of them is longer than the original context."""
+    """LongRoPE rotates all rows of a forward differently once one of them is longer than the original context."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     lm = team(make_folder(lambda **ids: Phi3Config(**SHAPE, num_key_value_heads=2, rope_parameters=rope,
                                                    original_max_position_embeddings=64, **ids),
@@ -419,11 +419,11 @@ def test_layers_that_read_the_same_input_share_a_product(name, first, last, toke
     first, second = lm.siblings[0][:2]
     x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0))
     outputs = [model.lora_forward(layer, x) for layer in lm.siblings[0]]
-    for layer, y in zip(lm.siblings[0], outputs):  # each with its own A and B of each row
+    for layer, y in zip(lm.siblings[0], outputs):  # each layer with the A and B of each row's adapter
         for b in range(2):
             A, B = layer.lora_A[f"agent_{b}"].weight, layer.lora_B[f"agent_{b}"].weight
             assert torch.allclose(y[b], layer.base_layer(x[b]) + layer.scale * x[b] @ A.t() @ B.t(), atol=1e-5)
-    assert not first.shared and first.shared is second.shared  # nothing is kept for longer than it is needed
+    assert not first.shared and first.shared is second.shared  # nothing is kept for longer than needed
 
 
 def test_a_saved_adapter_comes_back(folder, tmp_path):
@@ -598,7 +598,7 @@ def test_what_was_read_at_the_first_turn_is_not_read_again(name, tokenizers, tmp
 
 
 def test_a_prompt_that_a_group_shares_is_read_once(folder):
-    """Each copy goes its own way from there, and its log-probabilities are those of its own row."""
+    """The copies differ from there on, and each has the log-probabilities of a row of its own."""
     lm, reads = team(folder), []
     one, two, other = prompts_of(lm, 3)
     names, prompts = ["agent_0"] * 6 + ["agent_1"] * 4, [one, two, one, one, two, one] + [one, other, other, other]
@@ -728,7 +728,7 @@ def test_a_joint_history_holds_everything_once():
                ["Build I with 0.", "Build I with 1.", "answer 0", "answer 1", "same for both"])
     alone = critic_messages(histories[1:])
     assert "answer 0" not in str(alone) and "answer 1" in str(alone)
-    said = [[{"role": "assistant", "content": number}] for number in "353"]  # who of three said what is not lost
+    said = [[{"role": "assistant", "content": number}] for number in "353"]  # every agent's answer is kept, even if equal
     assert critic_messages(said) == [{"role": "assistant", "content": "3\n5\n3"}]
 
 
@@ -782,7 +782,7 @@ def test_check_model_says_in_one_sentence_what_is_wrong(tmp_path, folder):
 
 
 def test_the_gpu_that_was_asked_for_is_the_current_one(monkeypatch, folder):
-    """A CUDA graph of another GPU would hold nothing; more ranks than GPUs are refused before they join."""
+    """A CUDA graph of another GPU would be empty; more ranks than GPUs are refused before they join."""
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

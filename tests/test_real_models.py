@@ -1,7 +1,7 @@
 """
-Real LLMs: the architectures and chat formats that people bring, small and with random weights, through whole runs.
+Real LLMs: common architectures and chat formats, small and with random weights, in whole runs.
 
-Also what only they need: different bases in one team, a context that ends, checkpointed activations, several ranks,
+Also what only they need: different bases in one team, a limited context, activation checkpointing, several ranks,
 adapters merged into plain models.
 """
 import copy
@@ -82,7 +82,7 @@ def all_agents(folder):
     return {key: value for key, value in weights_of(folder).items() if key.startswith("agent_")}
 
 
-# --- every family, from a folder to a deployed agent --------------------------------------------------------------------
+# --- every family, from a folder to a deployed agent ------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", LLMS)
 def test_two_steps_change_adapters_and_nothing_else(name, llm, inside):
@@ -124,7 +124,7 @@ def test_the_rules_and_the_last_answer_are_in_what_it_reads(name, llm):
     assert lm.tokenizer.decode(lm.render([{"role": "user", "content": "Do."}])).count("<s>") == (LLMS[name][1] is not None)
 
 
-# --- a team of different models ----------------------------------------------------------------------------------------
+# --- a team of different models ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["train_cc.py", "train_dc.py", "train_mc.py"])
 def test_agents_with_different_bases(script, llm, inside, workplace):
@@ -140,7 +140,7 @@ def test_agents_with_different_bases(script, llm, inside, workplace):
             assert len(again) == len(turn.logps[agent])
     if script == "train_cc.py":  # the rest does not depend on the algorithm
         text = lms[0].tokenizer.decode(run["episodes"][0].turns[0].critic_inputs[0])
-        assert "concise" in text and "detailed" in text  # what both were told, in the first model's tokens
+        assert "concise" in text and "detailed" in text  # both agents' prompts, in the first model's tokens
         before = all_agents(folder)
         resumed = workplace.run(script, *SMALL, "--model", names, "--steps", 2, "--out_dir", folder, "--resume")
         assert resumed.code == 0, resumed.err[-2000:]
@@ -153,7 +153,7 @@ def test_agents_with_different_bases(script, llm, inside, workplace):
         assert again.code == 2 and "already exists" in again.err and again.err.count("\n") == 1
 
 
-# --- memory: checkpointed activations change nothing but memory ----------------------------------------------------------
+# --- memory: checkpointed activations change nothing but memory -------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2", "opt"])
 def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, llm, tmp_path):
@@ -212,7 +212,7 @@ def test_flags_of_memory_and_attention_give_the_same_run(train, llm):
 
 
 def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
-    """Traced by torch.compile, but run without the time that generating code would take; updates stay as they are."""
+    """torch.compile traces but generates no code, which would take long; updates are not compiled."""
     results, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager", **options))
     for compiled in (False, True):
@@ -231,7 +231,7 @@ def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
 
 
 def test_layers_that_are_alike_are_compiled_once(tmp_path, llm, monkeypatch):
-    """The last one, whose MLP may leave out rows, apart; torch.compile gives up after eight of the same code."""
+    """Except for the last one, whose MLP may leave out rows; torch.compile gives up after eight versions of the same code."""
     graphs, compile = [], torch.compile
 
     def backend(graph, inputs):
@@ -250,7 +250,7 @@ def test_layers_that_are_alike_are_compiled_once(tmp_path, llm, monkeypatch):
     assert len(lm.compiled) == 5 and len(graphs) == 2
 
 
-# --- several ranks -------------------------------------------------------------------------------------------------------
+# --- several ranks ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, episodes, more", [
     ("train_cc.py", 12, []), ("train_dc.py", 12, []), ("train_mc.py", 12, []), ("train_mc.py", 16, ["--tree"])])
@@ -277,12 +277,12 @@ def test_two_ranks_are_one_rank_with_twice_the_episodes(script, episodes, more, 
     before, after = all_agents(one), all_agents(two)
     assert before.keys() == after.keys()
     left, right = (torch.cat([weights[key].flatten() for key in before]) for weights in (before, after))
-    assert (left - right).norm() < 0.01 * left.norm()  # Adam makes steps of rounding errors where a gradient is 0
+    assert (left - right).norm() < 0.01 * left.norm()  # where a gradient is 0, Adam turns rounding errors into steps
     assert sum("eval/score" in line for line in (two / "log.jsonl").read_text().splitlines()) == 2  # one rank writes
 
 
 def test_two_ranks_stop_together(workplace, tmp_path):
-    """A signal may reach one of them only; none may wait for the other. Of a minibatch of one episode one has no share."""
+    """A signal may reach only one rank, and neither may wait for the other; one has no share of a one-episode minibatch."""
     port = socket.create_server(("localhost", 0)).getsockname()[1]
     ranks = [workplace.start("train_cc.py", *SMALL, "--task", "strbuild", "--model", workplace.tiny, "--num_turns", 2, "--steps", 99,
                              "--batch_size", 1, "--minibatches", 2,
@@ -298,7 +298,7 @@ def test_two_ranks_stop_together(workplace, tmp_path):
     assert torch.load(tmp_path / "stopped" / "train_state.pt", weights_only=False)["progress"]["step"] == step < 99
 
 
-# --- the context ---------------------------------------------------------------------------------------------------------
+# --- the context ------------------------------------------------------------------------------------------------------
 
 def test_what_does_not_fit_is_cut_on_the_left_and_counted(llm):
     lm = LanguageModel(llm("Llama-3"))
@@ -322,7 +322,7 @@ def test_an_overlong_history_is_logged(inside, llm, tmp_path):
     assert all(len(prompt) <= run["lms"][0].context - 170 for e in run["episodes"] for turn in e.turns for prompt in turn.prompts)
 
 
-# --- what cannot be used -------------------------------------------------------------------------------------------------
+# --- what cannot be used ----------------------------------------------------------------------------------------------
 
 def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
     """One sentence, exit code 2, and no folder."""
@@ -340,7 +340,7 @@ def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
     shutil.copytree(run, files / "moved")
     config = json.loads((run / "config.json").read_text())
     (files / "moved" / "config.json").write_text(json.dumps(config | {"model": str(other)}))
-    for arguments, said in [
+    for arguments, message in [
             (["--model", weightless], "no weights"), (["--model", broken], "cannot be loaded"),
             (["--model", f"{llm('Qwen3')},{llm('gpt2')},tiny"], "3 models for 2 agents"),
             (["--model", llm("Qwen3"), "--max_new_tokens", 500], "does not fit into the 512 tokens"),
@@ -348,7 +348,7 @@ def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
             (["--model", other, "--out_dir", tmp_path / "moved", "--eval_only"], "trained on another base"),
             (["--model", other, "--out_dir", tmp_path / "moved", "--steps", 1, "--resume"], "trained on another base")]:
         refused = workplace.run("train_cc.py", *SMALL, "--out_dir", tmp_path / "unborn", *arguments)
-        assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err
+        assert refused.code == 2 and message in refused.err and refused.err.count("\n") == 1, refused.err
         assert not (files / "unborn").exists()
     for more in ([], ["--merge", tmp_path / "unborn"]):
         refused = workplace.run("model.py", tmp_path / "moved", "--device", "cpu", *more)

@@ -1,4 +1,4 @@
-"""Tasks: what is trained on and what is held out, what an agent may see, and what is said of a broken file."""
+"""Tasks: training and held-out items, what an agent may see, what answers are worth, and how bad files are reported."""
 import json
 import os
 import random
@@ -11,13 +11,13 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, Turn, by_letter, get_task, history
+from tasks import Episode, Turn, cells_by_letter, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def turn_of(task, item, responses, turn=0):
-    """A turn as an episode holds it, without what only a language model can add."""
+    """A Turn without the fields that only a language model can fill."""
     return Turn(None, None, None, responses, task.judge(item, responses, turn))
 
 
@@ -43,13 +43,13 @@ def test_worked_example():
 # --- items ------------------------------------------------------------------------------------------------------------
 
 def beginnings(task, items):
-    """How a conversation about each item begins, whoever is spoken to: {text: string}."""
+    """{how the first message about an item begins, the same for every agent: its string}."""
     return {os.path.commonprefix([task.observation(item, agent) for agent in range(task.num_agents)]): item["string"]
             for item in items}
 
 
 def begins(conversation, texts):
-    """The texts among these with which the conversation's first message begins."""
+    """Those of the texts with which the conversation's first message begins."""
     return [text for text in texts if conversation[0]["content"].startswith(text)]
 
 
@@ -66,7 +66,7 @@ def test_held_out_strings_are_in_no_training_item_and_no_demonstration():
     assert not any(begins(conversation, shown) for conversation in conversations)
     spelled = [beginning.split(" with")[0].replace("Build", "Spell") + "." for beginning in shown]
     assert not any(begins(task.exercise(rng), spelled) for _ in range(1000))
-    assert sum(bool(begins(conversation, short)) for conversation in conversations) > 300  # so it would have been seen
+    assert sum(bool(begins(conversation, short)) for conversation in conversations) > 300  # so the checks above could have failed
 
 
 def test_items_are_the_same_every_time():
@@ -75,7 +75,7 @@ def test_items_are_the_same_every_time():
 
 
 def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
-    """Accepted commands, in the blocks that were given, and on the letters more often than not."""
+    """Their commands are accepted, use the given blocks only, and are mostly on the letters."""
     task, rng, accepted, rejected, scores = get_task("strbuild"), random.Random(2), 0, 0, []
     known = beginnings(task, [item for item in task.train_items if len(item["string"]) < 3])
     for _ in range(400):
@@ -102,14 +102,14 @@ def test_an_exercise_names_every_letter_and_a_heading_builds_nothing():
 
 
 def test_by_letter_by_hand():
-    assert by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) == {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}
+    assert cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) == {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}
 
 
 @pytest.mark.parametrize("num_agents", [1, 2])
 @pytest.mark.parametrize("world", ["rebuilt", "persistent"])
 @pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
 def test_a_demonstration_reads_like_an_episode(num_agents, feedback, world):
-    """Its first message is what some agent is shown, its third one what judge() says of some answer."""
+    """Its first message reads like an observation, its third one like feedback from judge()."""
     task = get_task("strbuild", num_agents=num_agents, feedback=feedback, world=world)
     def form(text):  # the text with its numbers, strings and blocks taken out
         text = re.sub(r"(Build) .* (with) .*\.$", r"\1 S \2 B.", text)
@@ -129,7 +129,7 @@ def test_a_demonstration_reads_like_an_episode(num_agents, feedback, world):
 def test_a_history_holds_nothing_of_the_other_agent(feedback):
     task, item = get_task("strbuild", feedback=feedback), {"string": "IC"}
     episode = Episode(item)
-    # four answers that nothing else can be mistaken for; agent 1 places blocks where nobody wants them
+    # four answers that cannot be mistaken for anything else; agent 1 places stray blocks
     answers = [["/setblock 0 4 0 oak_planks #ONE", "/setblock 1 1 0 obsidian #TWO"],
                ["/setblock 4 4 0 stone #THREE", "/setblock 3 3 0 white_concrete #FOUR"]]
     for t in range(3):
@@ -173,9 +173,9 @@ def test_an_agents_history_is_the_same_whatever_the_other_one_writes():
 def test_a_dialogue_says_what_an_agent_was_told_before_it_answered():
     task, episode = get_task("strbuild", feedback="perfect"), Episode({"string": "I"})
     episode.turns += [turn_of(task, episode.item, ["/setblock 1 1 0 stone", " "], t) for t in range(2)]
-    said = [line[9:] for line in tasks.dialogue(task, episode, False).splitlines() if "agent" in line]
+    shown = [line[9:] for line in tasks.dialogue(task, episode, False).splitlines() if "agent" in line]
     built = ["agent 0 answers: /setblock 1 1 0 stone", "agent 1 answers: (nothing)"]
-    assert said == [f"agent 0 is told: {task.observation(episode.item, 0)}", built[0],
+    assert shown == [f"agent 0 is told: {task.observation(episode.item, 0)}", built[0],
                     f"agent 1 is told: {task.observation(episode.item, 1)}", built[1],
                     "agent 0 is told: Turn 2 of 4. Your wrong cells: 1 1 0.", built[0],
                     "agent 1 is told: Turn 2 of 4. Your wrong cells: none.", built[1]]
@@ -205,11 +205,11 @@ def test_the_feedback_says_which_turn_comes_next():
     assert "2 of 3" in told[0] and "3 of 3" in told[1]
 
 
-# --- a world that stays, and a reward that comes late ------------------------------------------------------------------
+# --- the persistent world and the sparse reward -----------------------------------------------------------------------
 
 def halves(task, item):
-    """What two agents answer, turn by turn, when each builds its half of the turn's letter on a checkerboard."""
-    for cells in by_letter(sim.target_cells(sim.string_target(item["string"]))).values():
+    """The answers of two agents, turn by turn, of which each builds half of the turn's letter as a checkerboard."""
+    for cells in cells_by_letter(sim.target_cells(sim.string_target(item["string"]))).values():
         middle = -(-len(cells) // 2)
         yield ["\n".join(f"/setblock {x} {y} {z} {palette[(x + y) % 2]}" for x, y, z in half)
                for palette, half in zip(task.palettes, (cells[:middle], cells[middle:]))]
@@ -227,7 +227,7 @@ def test_a_persistent_build_needs_every_turn():
         world = outcome.world
     assert outcome.score == 100
     rebuilt = get_task("strbuild")
-    assert rebuilt.judge(item, responses, 3, world).score < 25  # by the official rules the same answers are one letter
+    assert rebuilt.judge(item, responses, 3, world).score < 25  # by the official rules these answers build one letter only
 
 
 def test_a_turn_in_the_persistent_world_has_room_for_a_few_commands():
@@ -253,8 +253,8 @@ def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
     item, perfect = {"string": "I"}, sim.scripted_builders(sim.string_target("I"))
     outcomes = [sparse.judge(item, ["", ""], t) for t in range(3)]
     assert [outcome.reward for outcome in outcomes] == [0, 0, dense.judge(item, ["", ""], 2).reward]
-    assert not any(outcome.done for outcome in outcomes)  # a reward of 0 that is not paid is no perfect build
-    almost = perfect[0], perfect[1].rsplit("\n", 1)[0]  # worth a little less than nothing missing
+    assert not any(outcome.done for outcome in outcomes)  # the 0 of an unpaid reward is not the 0 of a perfect build
+    almost = perfect[0], perfect[1].rsplit("\n", 1)[0]  # one block is missing
     for answers in (perfect, almost):
         early = sparse.judge(item, answers, 0)
         assert early.done == (answers is perfect) and early.reward == (dense.judge(item, answers, 0).reward if early.done else 0)
@@ -263,10 +263,10 @@ def test_a_sparse_reward_comes_with_the_last_turn_or_with_the_end():
     assert early.done and early.reward == pytest.approx(-2 / 24)
 
 
-# --- tldr and arxiv -----------------------------------------------------------------------------------------------------
+# --- tldr and arxiv ---------------------------------------------------------------------------------------------------
 
 def words(count, start=0):
-    """So many different words of three letters, none of them a stopword or a transition: aab, aac, ..."""
+    """So many different words of three letters, none of them a stopword or a transition: bbb, bbc, ..."""
     letters = "bcdfgjklm"
     return " ".join(letters[(start + k) // 81 % 9] + letters[(start + k) // 9 % 9] + letters[(start + k) % 9]
                     for k in range(count))
@@ -353,29 +353,29 @@ def test_word_counts_overlap_and_texts_without_words():
     stop = "the and of to in on at by", "the and of to in on at by if or from with under down up out"
     assert tasks.tldr_reward(*stop) == pytest.approx(0.5 + 1 + 0.5 + 0.6)  # no content words in either: they agree
     assert tasks.tldr_reward(stop[0] + " dog", stop[1] + " sun moon") == pytest.approx(2.0)  # these do not
-    loud = words(10), words(20).upper() + " HOWEVER, However!"  # case and punctuation make no other word
+    loud = words(10), words(20).upper() + " HOWEVER, However!"  # case and punctuation do not matter
     assert tasks.tldr_reward(*loud) == pytest.approx(0.5 + 1 + 0.5 + 0.4 * 0.45 + 0.6)
 
 
-# --- a person's own file, and options that make no sense --------------------------------------------------------------
+# --- a user's own file, and invalid options ---------------------------------------------------------------------------
 
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "words.jsonl"
     path.write_text('{"string": "cat"}\n\n{"string": "DOG", "split": "train", "note": 1}\n{"string": "Cow", "split": "eval"}\n')
     task = get_task("strbuild", data=str(path))
     assert strings(task.train_items) == ["CAT", "DOG"] and strings(task.eval_items) == ["COW"]
-    path.write_text('{"string": "ICML"}\n')  # held out by default, but now a person trains on it
+    path.write_text('{"string": "ICML"}\n')  # held out by default, but here the user trains on it
     task = get_task("strbuild", data=str(path))
     assert strings(task.train_items) == ["ICML"]
     assert "ICML" not in strings(task.eval_items) and "CLIM" in strings(task.eval_items)
 
 
-@pytest.mark.parametrize("lines, said", [
+@pytest.mark.parametrize("lines, message", [
     (['{"string": "CAT"}', '{"string": "DOG"'], "line 2"),                            # not JSON
     (['{"string": "CAT"}', '', '["DOG"]'], "line 3"),                                 # blank lines count
     (['{"text": "CAT"}'], "line 1"),
     (['{"string": 5}'], "line 1"),
-    (['{"string": "CAT"}', '{"string": "D?G"}'], r"line 2.*'\?'"),                    # no shape
+    (['{"string": "CAT"}', '{"string": "D?G"}'], r"line 2.*'\?'"),                    # cannot be drawn
     (['{"string": ""}'], "line 1"),
     (['{"string": "CAT", "split": "test"}'], "line 1"),
     (['{"string": "CAT", "split": ["eval"]}'], "line 1"),
@@ -385,10 +385,10 @@ def test_a_file_of_ones_own(tmp_path):
     (["[" * 100_000], "line 1"),
     (["9" * 5000], "line 1"),
 ])
-def test_a_broken_file_is_named_with_its_line(tmp_path, lines, said):
+def test_a_broken_file_is_named_with_its_line(tmp_path, lines, message):
     path = tmp_path / "words.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         get_task("strbuild", data=str(path))
     assert "words.jsonl" in str(error.value) and "\n" not in str(error.value)
 
@@ -403,7 +403,7 @@ def test_a_file_that_cannot_be_read(tmp_path, content):
 
 
 def test_other_items_are_other_settings(tmp_path):
-    """Items to train on and items to evaluate on: a run that goes on with other ones is refused."""
+    """Training items and held-out items: --resume with other ones is refused."""
     path, seen = tmp_path / "words.jsonl", set()
     for train, held_out in [("I", "IC"), ("L", "IC"), ("I", "LC")]:
         path.write_text(f'{{"string": "{train}"}}\n{{"string": "{held_out}", "split": "eval"}}\n')
@@ -418,13 +418,13 @@ def test_a_file_that_leaves_nothing_to_evaluate_on(tmp_path):
         get_task("strbuild", data=str(path))
 
 
-@pytest.mark.parametrize("name, options, said", [
+@pytest.mark.parametrize("name, options, message", [
     ("chess", {}, "chess.*strbuild"), ("strbuild", {"num_turns": 0}, "num_turns"), ("strbuild", {"num_turns": -1}, "num_turns"),
     ("strbuild", {"num_agents": 3}, "3"), ("strbuild", {"num_agents": 0}, "0"), ("strbuild", {"feedback": "praise"}, "praise"),
     ("strbuild", {"data": "hub"}, "hub"),
 ])
-def test_options_that_make_no_sense(name, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_make_no_sense(name, options, message):
+    with pytest.raises(ValueError, match=message):
         get_task(name, **options)
 
 
@@ -448,11 +448,11 @@ def test_the_script_shows_an_item(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout
 
 
-# --- examples of docstrings, and what a task of one's own may rely on -------------------------------------------------
+# --- the docstrings' examples, and what a user's own task may rely on -------------------------------------------------
 
 def test_examples_of_docstrings():
-    assert tasks.StrBuild.spelled("ICML") == " 1:I 2:C 3:M 4:L"
-    assert tasks.StrBuild.listed("IC", [(8, 4, 0), (9, 4, 0)]) == " 2:C 8 4 0 9 4 0"
+    assert tasks.StrBuild.letters_text("ICML") == " 1:I 2:C 3:M 4:L"
+    assert tasks.StrBuild.cells_text("IC", [(8, 4, 0), (9, 4, 0)]) == " 2:C 8 4 0 9 4 0"
     turns = [[Turn(None, [[1]], None, [""], tasks.Outcome(reward, 0, {}, False, [], None)) for reward in rewards]
              for rewards in ([-1, -2], [-1])]
     line = tasks.summary([Episode({}, played) for played in turns], "train", 0.5, [1])

@@ -1,4 +1,4 @@
-"""Training runs of seconds: the same seed, interruption, killing, micro-batches and what a person can get wrong."""
+"""Training runs of a few seconds: seeds, interruptions, kills, micro-batches and invalid input."""
 import difflib
 import json
 import os
@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import (Episode, Turn, check_ranges, check_run_folder, cut_log, dialogue, get_task, history,
-                   open_run_folder)
+from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, get_task, history, open_run_folder,
+                   truncate_logs)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -50,14 +50,14 @@ def train(workplace, data):
 
 @pytest.fixture(scope="session")
 def four_steps(workplace, data):
-    """The run that others are compared with; nobody writes into it."""
+    """The run that others are compared with; no test writes into it."""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--steps", 4)
     assert run.code == 0, run.err[-2000:]
     return workplace.folder / "four"
 
 
 def log_of(folder):
-    """log.jsonl without what the clock says."""
+    """The lines of log.jsonl without times and memory."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
     clock = ("wall_s", "time/", "memory")
     return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
@@ -189,7 +189,7 @@ def test_the_three_scripts_have_the_same_sections_in_the_same_order():
 
 
 def test_one_agent_is_the_same_in_cc_and_dc(train):
-    """With one agent the joint history is its own: ordinary single-agent actor-critic, to the last bit."""
+    """With one agent the joint history is that agent's: ordinary single-agent actor-critic, to the last bit."""
     one, two = (train(f"alone-{script}", "--steps", 3, "--num_agents", 1, script=script) for script in SCRIPTS[:2])
     assert log_of(one) == log_of(two)
     one, two = weights_of(one), weights_of(two)
@@ -230,7 +230,7 @@ def test_advantages_are_td_errors_of_the_right_critic(inside, script):
     assert torch.allclose(ours, expected, atol=1e-4)
     for turn in [turn for e in episodes for turn in e.turns]:
         texts = [run["lms"][0].tokenizer.decode(ids) for ids in turn.critic_inputs]
-        shown = [[0, 1]] if script == "train_cc.py" else [[0], [1]]  # what each critic is shown of whom
+        shown = [[0, 1]] if script == "train_cc.py" else [[0], [1]]  # the agents whose histories each critic reads
         assert [[i for i in agents if f"with {' '.join(run['task'].palettes[i])}" in text] for text in texts] == shown
 
 
@@ -275,7 +275,7 @@ def test_monte_carlo_advantages_by_hand(inside, baseline):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_actors_gradient_and_clipped_loss_by_hand(inside, script):
-    """The gradient of a first minibatch is that of - mean A log pi; then agents that have moved far, where clip counts."""
+    """A first minibatch has the gradient of - mean A log pi; then agents are moved so far that clipping matters."""
     run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--temperature", 0.7,
                  *(["--group_size", 2] if script == "train_mc.py" else []))
     lm, turns, ours = run["lms"][0], [turn for e in run["episodes"] for turn in e.turns], run["actor_parameters"]
@@ -306,7 +306,7 @@ def test_the_actors_gradient_and_clipped_loss_by_hand(inside, script):
     expected, kinds = 0.0, set()
     with torch.no_grad():
         for logp, sampled, advantage in answers():
-            for ratio in (logp - sampled).exp().tolist():  # a bound where going on would pay, none where going back would
+            for ratio in (logp - sampled).exp().tolist():  # clipped only in the direction that the advantage rewards
                 used = min(ratio, 1.2) if advantage > 0 else max(ratio, 0.8)
                 expected -= used * advantage / (2 * len(turns))
                 kinds.add((advantage > 0, ratio > 1.2, ratio < 0.8))
@@ -429,7 +429,7 @@ def test_the_persistent_world_with_a_sparse_reward(inside, workplace, script):
 # --- interrupted and killed -------------------------------------------------------------------------------------------
 
 def wait_for(run, path, text, timeout=60):
-    """Until text stands in the file at path."""
+    """Wait until the file at path contains text."""
     started = time.time()
     while not (path.exists() and text in path.read_text()):
         assert run.process.is_alive(), run.err.read_text()
@@ -438,7 +438,7 @@ def wait_for(run, path, text, timeout=60):
 
 
 def resume_and_compare(train, folder, four_steps, *arguments):
-    """Continue a run to its end: it is bit for bit that of a run that nobody disturbed."""
+    """Continue a run to its end: bit for bit it equals an undisturbed run."""
     train(folder.name, "--steps", 4, "--resume", *arguments)
     assert train_lines(folder) == train_lines(four_steps) and log_of(folder)[-1] == log_of(four_steps)[-1]
     assert same_weights(folder, four_steps) and set(os.listdir(folder)) == FILES
@@ -481,12 +481,12 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_on_resume(workplace, data, tr
     assert run.process.exitcode == 130 and "train/" in (folder / "log.jsonl").read_text().splitlines()[-1]
     train(folder.name, *flags, "--resume")
     assert log_of(folder) == log_of(whole) and (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    train(folder.name, *flags[2:], "--steps", 2, "--resume")  # it has more steps already
+    train(folder.name, *flags[2:], "--steps", 2, "--resume")  # fewer than it already has
     assert log_of(folder) == log_of(whole)
 
 
 def test_overwriting_takes_only_what_a_run_wrote(train, four_steps, workplace):
-    folder = workplace.folder / "shelf[1]"  # no pattern for file names
+    folder = workplace.folder / "shelf[1]"  # must not be read as a file-name pattern
     shutil.copytree(four_steps, folder)
     shutil.copytree(four_steps, folder / "another")
     (folder / "agent_notes.txt").write_text("mine")
@@ -506,7 +506,7 @@ def test_a_killed_run_resumes(workplace, data, train, four_steps, save_every, la
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.join(60)
     assert run.process.exitcode == -signal.SIGKILL
-    with open(folder / "log.jsonl", "a") as file:  # what may have been half written at that moment
+    with open(folder / "log.jsonl", "a") as file:  # a line half written at that moment
         file.write('{"step": 3, "train/rew')
     (folder / "train_state.pt.part").write_bytes(b"half")
     (folder / ".saving-left").mkdir()
@@ -538,7 +538,7 @@ def test_a_finished_run_can_be_resumed_without_harm(train, four_steps, workplace
 
 
 def test_a_run_killed_in_its_last_save_gets_its_agents(train, four_steps, workplace):
-    """The state is written before the adapters are; a run that has no step left must still write them."""
+    """The state is written before the adapters; a run without a step left must still write these."""
     folder = workplace.folder / "last-save"
     shutil.copytree(four_steps, folder)
     shutil.rmtree(folder / "agent_1")
@@ -593,7 +593,7 @@ def test_a_run_of_another_algorithm_is_left_alone(workplace, data, four_steps, s
 
 
 def test_eval_only_with_fewer_turns(workplace, data, four_steps):
-    """A question that one may ask of a trained team: how good is its first answer?"""
+    """To see how good a trained team's first answers are."""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
     assert run.code == 0, run.err[-2000:]
     assert "turns 1.00" in run.out and "trained with other settings: num_turns 2 -> 1." in run.out
@@ -618,7 +618,7 @@ def test_resume_wants_the_same_items(train, workplace):
 
 def test_a_character_that_a_kill_cut_is_no_obstacle(tmp_path):
     (tmp_path / "samples.txt").write_bytes("=== step 0, a\n=== step 1, é".encode()[:-1])
-    cut_log(tmp_path, 1, False)
+    truncate_logs(tmp_path, 1, False)
     assert (tmp_path / "samples.txt").read_text() == "=== step 0, a\n=== step 1, \ufffd"
 
 
@@ -670,7 +670,7 @@ def test_a_step_with_other_settings(train, arguments):
     assert (line["critic/truncated"] > 0) == ("--critic_tokens" in arguments)
 
 
-@pytest.mark.parametrize("arguments, said", [
+@pytest.mark.parametrize("arguments, fragments", [
     (["--task", "chess"], ["chess", "strbuild"]),
     (["--model", "empty"], ["empty", "model"]),
     (["--model", "no/such-model"], ["no/such-model"]),
@@ -710,7 +710,7 @@ def test_a_step_with_other_settings(train, arguments):
     (["--threads", 10 ** 6], ["threads"]),
     pytest.param(["--wandb"], ["pip install wandb"], marks=pytest.mark.skipif(find_spec("wandb"), reason="it is there")),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
-def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, said):
+def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, fragments):
     files = workplace.folder
     (files / "empty").mkdir(exist_ok=True)
     (files / "full").mkdir(exist_ok=True)
@@ -730,14 +730,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--steps", 0, *out_dir, *arguments)
     assert run.code == 2, run.err[-2000:]
     assert run.err.count("\n") == 1, run.err
-    assert [word for word in said if word not in run.err] == []
+    assert [word for word in fragments if word not in run.err] == []
     assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
     assert os.path.exists(files / "a-model" / "model.safetensors")
     assert all(same_weights(files / name, four_steps) for name in ("a-copy", "stateless", "truncated"))
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
 
 
-@pytest.mark.parametrize("arguments, said", [
+@pytest.mark.parametrize("arguments, fragments", [
     (["--group_size", 3], ["group_size 3", "batch_size 4"]),
     (["--group_size", 1], ["group", "at least 2"]),
     (["--group_size", 1, "--baseline", "loo"], ["loo", "at least 2"]),
@@ -745,13 +745,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_st
     (["--tree"], ["--tree", "= 16 episodes", "batch_size 4"]),
     (["--baseline", "mean"], ["mean", "loo"]),
 ], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
-def test_groups_that_make_no_sense(workplace, data, arguments, said):
+def test_groups_that_make_no_sense(workplace, data, arguments, fragments):
     run = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
     assert run.code == 2 and run.err.count("\n") == 1 and not (workplace.folder / "no-group").exists()
-    assert [word for word in said if word not in run.err] == []
+    assert [word for word in fragments if word not in run.err] == []
     if "--group_size" in arguments and arguments[1] != 1:
         run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
-        assert run.code == 2 and [word for word in said if word not in run.err] == []
+        assert run.code == 2 and [word for word in fragments if word not in run.err] == []
     single = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", "--eval_only", "--group_size", 1,
                            "--baseline", "none", "--num_agents", 1)
     assert single.code == 0 and "eval step 0" in single.out, single.err[-2000:]
@@ -793,11 +793,11 @@ def test_play_is_each_agent_with_its_own_adapter_history_and_generator(workplace
 def test_play_with_nothing_to_play(workplace, four_steps):
     shutil.copytree(four_steps, workplace.folder / "alien")
     (workplace.folder / "alien" / "config.json").write_text("{}")
-    for arguments, said in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"),
+    for arguments, message in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"),
                             ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99"),
                             (["alien"], "something else")]:
         run = workplace.run("model.py", *arguments)
-        assert run.code == 2 and run.err.count("\n") == 1 and said in run.err, run.err
+        assert run.code == 2 and run.err.count("\n") == 1 and message in run.err, run.err
 
 
 def test_play_builds_no_base(monkeypatch, tmp_path):
