@@ -114,7 +114,10 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
     attention in so narrow a model stays uniform for hundreds of steps. The folder appears only once it is complete.
     """
     warm_up = (steps := steps or task.base_steps) * 2 // 7  # learning-rate warm-up, on exercises only
-    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    parent = os.path.dirname(folder) or "."
+    with writing(folder):  # fail now, not after minutes of training
+        os.makedirs(parent, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".tiny-", dir=parent).cleanup()
     rng = random.Random(seed)
     torch.manual_seed(seed)
     encoding, tokenizer = tiny_tokenizer(task, rng)
@@ -153,7 +156,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    with writing(folder), tempfile.TemporaryDirectory(prefix=".tiny-", dir=os.path.dirname(folder) or ".") as build:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".tiny-", dir=parent) as build:
         model.save_pretrained(os.path.join(build, "model"))
         tokenizer.save_pretrained(os.path.join(build, "model"))
         if not os.path.isdir(folder):  # another run may have built it meanwhile: the first one counts

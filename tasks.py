@@ -136,10 +136,12 @@ def exit_on_error(parser):
     """An error in this block ends the script with one sentence and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
     except ImportError as error:
         parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("wandb."):
+            raise
+        parser.exit(2, f"error: {error}\n")
 
 
 def minibatches(episodes, group_size, num_minibatches, rng):

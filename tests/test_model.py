@@ -248,6 +248,12 @@ def test_tiny_is_the_same_for_the_same_seed_and_keeps_a_finished_one(tmp_path):
     assert (tmp_path / "three" / "model.safetensors").read_bytes() != weights[0]
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_tiny_is_trained(monkeypatch):
+    monkeypatch.setattr(model, "tiny_tokenizer", None)  # training needs it first
+    with pytest.raises(OSError, match="^/dev/null/tiny cannot be written: "):
+        build_tiny(get_task("strbuild"), "/dev/null/tiny")
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, get_task, history, open_run_folder,
+from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error, get_task, history, open_run_folder,
                    truncate_logs)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -650,6 +650,16 @@ def test_what_may_differ_between_a_run_and_its_continuation(tmp_path):
 def test_numbers_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         check_ranges(Namespace(batch_size=4, group_size=2, **{name: value}))
+
+
+def test_errors_of_wandb_are_one_sentence_and_bugs_are_not(capsys):
+    """As wandb.init raises them when nobody is logged in."""
+    not_logged_in = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+    with pytest.raises(SystemExit) as end, exit_on_error(ArgumentParser()):
+        raise not_logged_in("No API key configured.")
+    assert end.value.code == 2 and capsys.readouterr().err == "error: No API key configured.\n"
+    with pytest.raises(KeyError), exit_on_error(ArgumentParser()):
+        raise KeyError("agent")
 
 
 def test_overwrite_starts_afresh(train, four_steps, workplace):
