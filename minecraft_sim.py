@@ -433,7 +433,7 @@ def main():
             with open(args.svg, "w", encoding="utf-8") as file:
                 file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
     for agent, response in enumerate(responses):
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
     print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(wall_plan(target_rows), world) + "\n")

@@ -52,7 +52,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from tasks import TASK_OPTIONS, Episode, Turn, dialogue, exit_on_error, first_line, get_task, history, write_text
+from tasks import (TASK_OPTIONS, Episode, InputError, Turn, dialogue, exit_on_error, first_line, get_task, history,
+                   write_text)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -178,7 +179,7 @@ def load_tokenizer(name):
 
     The end token is what the template puts after an answer: Gemma's is <end_of_turn>, though its eos_token is <eos>,
     and GLM's is the <|user|> of the next message. Models without a template, such as GPT-2, get a plain-text one and
-    their eos_token. Raises ValueError if there is no end token.
+    their eos_token. Raises InputError if there is none.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.chat_template is None:
@@ -197,36 +198,36 @@ def load_tokenizer(name):
         ids = tokenizer("".join(after).lstrip(), add_special_tokens=False).input_ids[:1]
         end = ids[0] if ids and ids[0] in special else end
     if end is None:
-        raise ValueError(f"{name} has a tokenizer without an end token; answers could never end.")
+        raise InputError(f"{name} has a tokenizer without an end token; answers could never end.")
     return tokenizer, has_system_role, end
 
 
 def check_model(names, num_agents):
-    """Before loading weights: ValueError with one sentence unless names is one model, or A,B,... with one per agent."""
+    """Before loading weights: InputError unless names is one model, or A,B,... with one per agent."""
     if names.count(",") not in (0, num_agents - 1):
-        raise ValueError(f"--model {names} names {names.count(',') + 1} models for {num_agents} agents.")
+        raise InputError(f"--model {names} names {names.count(',') + 1} models for {num_agents} agents.")
     for name in dict.fromkeys(names.split(",")):
         if name == "tiny":
             continue
         if not name:
-            raise ValueError(f"--model {names} has an empty name in its list.")
+            raise InputError(f"--model {names} has an empty name in its list.")
         if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"{name} is not a model folder: it has no config.json.")
+            raise InputError(f"{name} is not a model folder: it has no config.json.")
         if os.path.exists(name) and not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name)):
-            raise ValueError(f"{name} is not a model folder: it has no weights.")
+            raise InputError(f"{name} is not a model folder: it has no weights.")
         try:
             AutoConfig.from_pretrained(name)
             load_tokenizer(name)
         except Exception as error:  # a third-party chat template can fail in any way
-            raise ValueError(f"{name} is no model folder or id that can be loaded: {first_line(error)}") from None
+            raise InputError(f"{name} is no model folder or id that can be loaded: {first_line(error)}") from None
 
 
 def model_folders(names, task, build=True):
-    """For each agent its folder or hub id; "tiny" is out/tiny-BASE, built if missing (ValueError with build=False)."""
+    """For each agent its folder or hub id; "tiny" is out/tiny-BASE, built if missing (InputError with build=False)."""
     folder = os.path.join("out", f"tiny-{task.base}")
     if "tiny" in names.split(",") and not os.path.isdir(folder):
         if not build:
-            raise ValueError(f"{folder} is not here; run this in the folder where the team was trained.")
+            raise InputError(f"{folder} is not here; run this in the folder where the team was trained.")
         if not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0":
             build_tiny(task, folder)
     all_gather([])  # barrier: the other ranks wait for the build
@@ -237,7 +238,7 @@ def model_folders(names, task, build=True):
 def load_models(names, task, max_new_tokens, *options):
     """The LanguageModel of each agent; agents with the same folder share one object, so its weights are loaded once.
 
-    Raises ValueError with one sentence if a folder cannot be loaded, if the model fails its self-test, or if the task's
+    Raises InputError if a folder cannot be loaded, if the model fails its self-test, or if the task's
     first prompts plus max_new_tokens exceed a model's context. Later prompts that are too long are truncated, and
     counted in .truncated.
     """
@@ -247,7 +248,7 @@ def load_models(names, task, max_new_tokens, *options):
         for item in task.eval_items + task.train_items[:100]:
             prompt = len(bases[folder].render(history(task, Episode(item), agent)))
             if prompt + max_new_tokens > bases[folder].context:
-                raise ValueError(f"A prompt of {task.name} has {prompt} tokens; with {max_new_tokens} new ones it does "
+                raise InputError(f"A prompt of {task.name} has {prompt} tokens; with {max_new_tokens} new ones it does "
                                  f"not fit into the {bases[folder].context} tokens that {folder} can read.")
     for base in bases.values():
         base.self_test()
@@ -255,11 +256,11 @@ def load_models(names, task, max_new_tokens, *options):
 
 
 def load_state(path, device):
-    """Load the train_state.pt that a train script saved; ValueError with one sentence if it cannot be read."""
+    """Load the train_state.pt that a train script saved; InputError if it cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # a truncated pickle can raise anything
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def memory_gb(device):
@@ -277,7 +278,7 @@ def init_distributed(device):
 
     Data parallelism: every rank draws the same random numbers and gets all episodes, but plays only its shard of them
     and computes the gradients of its shard of each minibatch. So N ranks with N x B episodes in total give the same
-    update as one rank with all of them. Raises ValueError with one sentence if the device does not exist.
+    update as one rank with all of them. Raises InputError if the device does not exist.
     """
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack some characters
@@ -285,7 +286,7 @@ def init_distributed(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device != "cpu" and not (regex.fullmatch(r"cuda(:\d+)?", device) and
                                 int(device[5:] or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device must be cpu or an available cuda device, not {device}.")
+        raise InputError(f"device must be cpu or an available cuda device, not {device}.")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
     set_device(device)
@@ -583,7 +584,7 @@ class LanguageModel:
             # layers with a recurrent state instead of keys and values (Qwen3.5, LFM2): no prefix can be shared
             self.recurrent = any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers)
         except Exception as error:  # third-party weights can fail in any way
-            raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
+            raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
         self.causal_lm.to(device).eval().requires_grad_(False)
         self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id  # masked everywhere
@@ -636,7 +637,7 @@ class LanguageModel:
         if gradient_checkpointing:
             found = [m for m in self.causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
             if not found:
-                raise ValueError(f"{folder} is of a model type without gradient checkpointing.")
+                raise InputError(f"{folder} is of a model type without gradient checkpointing.")
             for module in found:  # transformers' own works only in training mode, where dropout is active
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
                                                    preserve_rng_state=False)
@@ -644,7 +645,7 @@ class LanguageModel:
     def add_adapter(self, name, folder=None):
         """Add a new LoRA adapter, or load a saved one (as the model's first only); returns its parameters (fp32).
 
-        Raises ValueError with one sentence if the adapter in folder was trained on another base.
+        Raises InputError if the adapter in folder was trained on another base.
         """
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=self.target_modules,
                             task_type="CAUSAL_LM")
@@ -687,17 +688,17 @@ class LanguageModel:
         return found
 
     def check_base(self, folder):
-        """Raise ValueError with one sentence if the adapter in folder was saved with another base (by fingerprint)."""
+        """Raise InputError if the adapter in folder was saved with another base (by fingerprint)."""
         path = os.path.join(folder, "base.json")
         if os.path.exists(path):
             with open(path) as file:
                 base = json.load(file)
             if base["fingerprint"] != self.fingerprint:
-                raise ValueError(f"{folder} was trained on another base: {base['model']}, whose weights are not those "
-                                 f"of {self.folder}.")
+                raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not "
+                                 f"{self.folder} as it is now.")
 
     def self_test(self):
-        """Raise ValueError with one sentence unless sampling, updates and a plain forward agree on log-probabilities.
+        """Raise InputError unless sampling, updates and a plain forward agree on log-probabilities.
 
         An unusual architecture (a layer before the LM head, its own kind of attention, ...) may break an assumption of
         the fast paths, which would then silently compute wrong numbers.
@@ -727,7 +728,7 @@ class LanguageModel:
                     raise ArithmeticError(f"log-probabilities differ by {error:.2g}")
                 prompts = [prompt + answer + [end] for prompt, answer in zip(prompts, tokens)]
         except Exception as error:  # an unsupported model can fail in any way
-            raise ValueError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
+            raise InputError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{first_line(error)}") from None
         self.peft.unload()
         self.peft, self.siblings, self.traced_steps, self.compiled, self.end = None, [], {}, compiled, end
@@ -823,7 +824,7 @@ class LanguageModel:
         prompt_cache: a dict from row ids (any hashables) to the first prompt of that row with its keys and values,
         filled here; a later prompt with the same row id, such as the next turn's, reuses their common prefix.
         """
-        uniforms = uniforms.to(self.device)
+        uniforms, prompt_cache = uniforms.to(self.device), {} if prompt_cache is None else prompt_cache
         # G answers to one prompt are one row of the batch that decodes G tokens per step: its KV cache is read once
         run_lengths = [len(list(run)) for _, run in itertools.groupby(zip(names, prompts))]
         G = math.gcd(*run_lengths) if self.can_share_prompts else 1
@@ -1060,7 +1061,7 @@ def agent_process(connection, folder, adapter, agent, device, seed, max_new_toke
         lm = LanguageModel(folder, device)
         lm.add_adapter("agent", adapter)
     except Exception as error:  # a third-party adapter can fail in any way
-        return connection.send(ValueError(f"{adapter} cannot be used: {first_line(error)}"))
+        return connection.send(InputError(f"{adapter} cannot be used: {first_line(error)}"))
     generator = torch.Generator().manual_seed((seed * 1000 + agent) % 2 ** 63)
     with contextlib.suppress(EOFError):  # if another agent fails, the main process exits without sending None
         while (messages := connection.recv()) is not None:
@@ -1097,20 +1098,20 @@ def main():
             with open(os.path.join(args.out_dir, "config.json")) as file:
                 config = json.load(file)
         except (OSError, ValueError):
-            raise ValueError(f"{args.out_dir} is not a run folder: it has no readable config.json.") from None
+            raise InputError(f"{args.out_dir} is not a run folder: it has no readable config.json.") from None
         if not isinstance(config, dict) or "out_dir" not in config:
-            raise ValueError(f"{args.out_dir} is not a run folder: its config.json is from something else.")
+            raise InputError(f"{args.out_dir} is not a run folder: its config.json is from something else.")
         if not os.path.isdir(os.path.join(args.out_dir, "agent_0")):
-            raise ValueError(f"{args.out_dir} has no trained agents yet.")
+            raise InputError(f"{args.out_dir} has no trained agents yet.")
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
         if args.string is not None and config["task"] != "strbuild":
-            raise ValueError(f"--string is for strbuild; this team plays {config['task']}.")
+            raise InputError(f"--string is for strbuild; this team plays {config['task']}.")
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
         parts = [(folder, os.path.join(args.out_dir, f"agent_{agent}"))
                  for agent, folder in enumerate(model_folders(config["model"], task, build=False))]
         if args.merge is not None:
             if os.path.exists(args.merge):
-                raise ValueError(f"{args.merge} already exists; choose another folder.")
+                raise InputError(f"{args.merge} already exists; choose another folder.")
             for folder, adapter in parts:
                 merge(folder, adapter, os.path.join(args.merge, os.path.basename(adapter)))
             return
@@ -1129,7 +1130,7 @@ def main():
             reply = pipes[agent].recv()
         except (EOFError, ConnectionError):  # ConnectionError if it died with unread messages
             parser.exit(1, f"error: agent_{agent} died; its output is above.\n")
-        if isinstance(reply, ValueError):
+        if isinstance(reply, InputError):
             parser.exit(2, f"error: {reply}\n")
         return reply
 

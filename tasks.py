@@ -48,6 +48,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,15 +132,19 @@ def first_line(error):
     return (str(error) or repr(error)).splitlines()[0]
 
 
+class InputError(ValueError):
+    """What a user got wrong, in one sentence. Any other ValueError is a bug, such as one in a new task's code."""
+
+
 @contextlib.contextmanager
 def exit_on_error(parser):
-    """An error in this block ends the script with one sentence and exit code 2."""
+    """A user's error in this block ends the script with one sentence and exit code 2; bugs keep their traceback."""
     try:
         yield
     except ImportError as error:
         parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("wandb."):
+        if not isinstance(error, (InputError, OSError)) and not type(error).__module__.startswith("wandb."):
             raise
         parser.exit(2, f"error: {error}\n")
 
@@ -179,6 +184,13 @@ def summary(episodes, prefix, gamma, ends):
     return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
+def log_text(line, keys):
+    """Entries of a log line for the terminal: {"train/score": 43.7, "x": [1, 0.5]} gives "score 43.7 | x [1 0.5]"."""
+    def text(value):
+        return f"[{' '.join(map(text, value))}]" if isinstance(value, list) else f"{value:.4g}"
+    return " | ".join(f"{key.removeprefix('train/').removeprefix('eval/')} {text(line[key])}" for key in keys)
+
+
 def dialogue(task, episode, color):
     """A whole episode as text, turn by turn: what each agent was told and answered, the world and the reward."""
     lines = []
@@ -197,8 +209,8 @@ def dialogue(task, episode, color):
 def read_jsonl(path, check):
     """Read a user's own items, one JSON object per line, as (train, eval); "split": "eval" marks held-out lines.
 
-    check(record) returns the item or raises ValueError. Raises ValueError with one sentence that names the line, and
-    OSError if the file cannot be opened.
+    check(record) returns the item or raises ValueError. Raises InputError that names the line, and OSError if the file
+    cannot be opened.
     """
     items = {"train": [], "eval": []}
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # invalid bytes become surrogates
@@ -208,19 +220,19 @@ def read_jsonl(path, check):
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
-                    raise ValueError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
+                    raise InputError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
                 json.dumps(record, ensure_ascii=False).encode()
                 items[record.get("split", "train")].append(check(record))
             except UnicodeEncodeError:
-                raise ValueError(f"{path}, line {number}: this is not UTF-8 text") from None
+                raise InputError(f"{path}, line {number}: this is not UTF-8 text") from None
             except (ValueError, RecursionError) as error:  # name the faulty line of the user's file
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise InputError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: of JSON
     if not items["train"]:
-        raise ValueError(f"{path} has no training line.")
+        raise InputError(f"{path} has no training line.")
     train = {json.dumps(item, sort_keys=True) for item in items["train"]}
     shared = [item for item in items["eval"] if json.dumps(item, sort_keys=True) in train]
     if shared:
-        raise ValueError(f"{path}: {shared[0]} is both a training line and a held-out line.")
+        raise InputError(f"{path}: {shared[0]} is both a training line and a held-out line.")
     return items["train"], items["eval"]
 
 
@@ -228,7 +240,7 @@ def read_hub(sources, check):
     """Items of data sets on the Hugging Face hub as (train, eval); sources: [(name, training split, held-out split)].
 
     At most 128 held-out items, evenly spaced over their split. Rows that check rejects are skipped with a printed note.
-    Raises ValueError with one sentence if the data cannot be loaded, ImportError if the datasets package is missing.
+    Raises InputError if the data cannot be loaded, ImportError if the datasets package is missing.
     """
     import datasets  # an optional dependency
     train, held_out = [], []
@@ -237,7 +249,7 @@ def read_hub(sources, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # any, of the network, the hub or the cache
-                raise ValueError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
+                raise InputError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
                                  "online, or use --data builtin or --data FILE.jsonl.") from None
             for number, row in enumerate(rows):
                 try:
@@ -297,47 +309,63 @@ RANGES = {name: (1, 1e9) for name in (
 
 
 def check_ranges(args):
-    """Raise ValueError with one sentence about the first number that is out of range."""
+    """Raise InputError about the first number that is out of range."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {value}.")
+            raise InputError(f"{name} must be at least {low:g} and at most {high:g}, not {value}.")
     if args.batch_size % args.group_size:
-        raise ValueError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
+        raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
 
 
 def check_run_folder(args):
-    """Raise ValueError rather than overwrite another run or other files, or continue a run with other settings."""
+    """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
     path = os.path.join(args.out_dir, "config.json")
     if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; give only one of them.")
+        raise InputError("--resume continues a run and --overwrite deletes it; give only one of them.")
     if args.resume and args.eval_only:
-        raise ValueError("--resume continues training and --eval_only only evaluates; give only one of them.")
+        raise InputError("--resume continues training and --eval_only only evaluates; give only one of them.")
     try:
         saved = json.loads(Path(path).read_text()) if os.path.exists(path) else None
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(saved, dict) or "out_dir" not in saved:
         if args.resume:
-            raise ValueError(f"There is no run to resume in {args.out_dir}.")
+            raise InputError(f"There is no run to resume in {args.out_dir}.")
+        if args.eval_only:
+            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
         if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
-            raise ValueError(f"{args.out_dir} is a file; choose another --out_dir.")
+            raise InputError(f"{args.out_dir} is a file; choose another --out_dir.")
         if os.path.exists(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
-            raise ValueError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+            raise InputError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
         return
     if not (args.resume or args.overwrite or args.eval_only):
-        raise ValueError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
+        raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
     if args.resume or args.eval_only:
         if os.path.isdir(os.path.join(args.out_dir, "agent_0")) and not os.path.exists(
                 os.path.join(args.out_dir, "train_state.pt")):
-            raise ValueError(f"{args.out_dir} has agents but no train_state.pt, which training and evaluation need.")
+            raise InputError(f"{args.out_dir} has agents but no train_state.pt, which training and evaluation need.")
         changes = {key: f"{key} {saved[key]!r} -> {value!r}" for key, value in vars(args).items()
                    if key not in RESUME_MAY_CHANGE and saved.get(key, value) != value}  # older runs may lack a setting
         forbidden = [change for key, change in changes.items() if args.resume or key in EVAL_MUST_MATCH]
         if forbidden:
-            raise ValueError(f"{args.out_dir} was made with other settings: {', '.join(forbidden)}.")
+            raise InputError(f"{args.out_dir} was made with other settings: {', '.join(forbidden)}.")
         if reported := [change for key, change in changes.items() if key in EVAL_REPORTS]:
             print(f"The team was trained with other settings: {', '.join(reported)}.")
+
+
+def catch_interrupts(rank):
+    """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill the list returned here; a second one kills."""
+    interrupts = []
+
+    def handler(signum, _):
+        signal.signal(signum, signal.SIG_DFL)
+        interrupts.append(signum)
+        if rank == 0:  # os.write, because print may be what was interrupted
+            os.write(2, b"\ninterrupted: this step will be finished and saved; once more stops at once\n")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
+    return interrupts
 
 
 def open_run_folder(args):
@@ -368,23 +396,23 @@ class Task:
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
         if num_agents not in self.agents:
-            raise ValueError(f"{self.name} is for num_agents {' or '.join(map(str, self.agents))}, not {num_agents}.")
+            raise InputError(f"{self.name} is for num_agents {' or '.join(map(str, self.agents))}, not {num_agents}.")
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),
                                       ("world", world, self.worlds), ("reward", reward, ["dense", "sparse"])]:
             if choice not in choices:
-                raise ValueError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
+                raise InputError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
         self.setup()
         if data == "hub" and not self.hub_sources:
-            raise ValueError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
+            raise InputError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
         self.train_items, self.eval_items = (
             read_hub(self.hub_sources, self.check) if data == "hub" else self.builtin_items())
         if data not in ("builtin", "hub"):
             self.train_items, held_out = read_jsonl(data, self.check)
             self.eval_items = held_out or [item for item in self.eval_items if item not in self.train_items]
         if not (self.train_items and self.eval_items):
-            raise ValueError(f"--data {data} leaves no item to {'evaluate' if self.train_items else 'train'} on.")
+            raise InputError(f"--data {data} leaves no item to {'evaluate' if self.train_items else 'train'} on.")
 
     def setup(self):
         """For a task to override: what it has to set before its items are made."""
@@ -412,7 +440,7 @@ class Task:
         return item
 
     def check(self, record):
-        raise ValueError(f"{self.name} reads no items from a file: it has no check(record).")
+        raise InputError(f"{self.name} reads no items from a file: it has no check(record).")
 
     def instructions(self, agent):
         return f"You are agent {agent + 1} of {self.num_agents}. You cannot talk to each other."
@@ -449,7 +477,7 @@ class Task:
         return ""
 
     def draw_svg(self, item, world):
-        raise ValueError(f"{self.name} has no picture.")
+        raise InputError(f"{self.name} has no picture.")
 
 
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
@@ -487,8 +515,11 @@ class StrBuild(Task):
     @staticmethod
     def check(record):
         if not isinstance(record.get("string"), str):
-            raise ValueError('a line needs a "string", as in {"string": "ICML"}')
-        sim.string_target(record["string"])
+            raise InputError('a line needs the key "string", as in {"string": "ICML"}')
+        try:
+            sim.string_target(record["string"])
+        except ValueError as error:
+            raise InputError(error) from None
         return {"string": record["string"].upper()}
 
     def random_item(self, rng):
@@ -674,16 +705,18 @@ class HouseBuild(Task):
                 and all(isinstance(row, str) for rows in layers.values() for row in rows)
                 and all(isinstance(block, str) and block in sim.HOUSE_BLOCKS for block in inventory.values())
                 and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
-            raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
+            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
                              f' from {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
+        if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
+            raise InputError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
         if sum(len(row) for rows in layers.values() for row in rows) > 4096:
-            raise ValueError("a house has at most 4096 cells (16 x 16 x 16)")
+            raise InputError("a house has at most 4096 cells (16 x 16 x 16)")
         if len({int(y) for y in layers}) < len(layers):
-            raise ValueError("two layers of this house have the same height")
+            raise InputError("two layers of this house have the same height")
         layers = {int(y): rows for y, rows in layers.items()}
         sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
         if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
-            raise ValueError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
+            raise InputError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
                              "hold a block")
         return {"layers": layers, "inventory": inventory, "spider_attacks": attacks}
 
@@ -922,7 +955,7 @@ class Writing(Task):
     def check(self, record):
         text = record.get(self.source)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'a line needs a "{self.source}" that is a non-empty string')
+            raise InputError(f'a line needs the key "{self.source}" with a non-empty string')
         return {self.source: text}
 
     def instructions(self, agent):
@@ -1171,7 +1204,7 @@ def coophe_tests(test):
     else:
         tests = [ast.unparse(check) + "\ncheck(candidate)"] * any("candidate" in ast.unparse(node) for node in body)
     if not tests:
-        raise ValueError(f"a coophe problem needs check(candidate) with asserts that name candidate: {error or test!r}")
+        raise InputError(f"a coophe problem needs check(candidate) with asserts that name candidate: {error or test!r}")
     return ["\n".join([ast.unparse(node) for node in nodes if node is not check] + [test]) for test in tests]
 
 
@@ -1283,9 +1316,9 @@ class CoopHE(Task):
     def check(self, record):
         item = {name: record.get(name) for name in ("prompt", "entry_point", "test")}
         if not all(isinstance(text, str) and text.strip() for text in item.values()):
-            raise ValueError('a line needs a "prompt", an "entry_point" and a "test", all non-empty strings')
+            raise InputError('a line needs the keys "prompt", "entry_point" and "test" with non-empty strings')
         if not item["entry_point"].isidentifier():
-            raise ValueError(f'"entry_point" must be the name of a function, not {item["entry_point"]!r}')
+            raise InputError(f'"entry_point" must be the name of a function, not {item["entry_point"]!r}')
         coophe_tests(item["test"])
         return item
 
@@ -1362,23 +1395,24 @@ TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"
 
 
 def get_task(name, num_turns=None, **options):
-    """The task of that name; raises ValueError with one sentence where the name or an option is wrong."""
+    """The task of that name; raises InputError where the name or an option is wrong."""
     if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
+        raise InputError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
     if num_turns is not None and num_turns < 1:
-        raise ValueError(f"num_turns must be at least 1, not {num_turns}.")
+        raise InputError(f"num_turns must be at least 1, not {num_turns}.")
     return TASKS[name](num_turns=num_turns, **options)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Show an item, what each agent sees, two answers and their reward.")
     parser.add_argument("--task", default="strbuild", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--num_agents", type=int, default=2, help="agents in the team (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="picks the item and the answers")
     parser.add_argument("--svg", metavar="FILE", help="strbuild, housebuild: also write the world as a picture")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with exit_on_error(parser):
-        task = get_task(args.task)
+        task = get_task(args.task, num_agents=args.num_agents)
         episode = Episode(rng.choice(task.train_items))
         responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
         outcome = task.judge(episode.item, responses, 0)

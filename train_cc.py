@@ -34,8 +34,9 @@ from tqdm import tqdm
 from critic import Critic, explained_variance_stats, td_targets
 from model import (all_gather, check_model, generate, init_distributed, load_models, load_state, memory_gb,
                    micro_batches, optimizer_step)
-from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error,
-                   get_task, history, mean, minibatches, open_run_folder, summary, truncate_logs, write_atomic)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Turn, catch_interrupts, check_ranges, check_run_folder, dialogue,
+                   exit_on_error, get_task, history, log_text, mean, minibatches, open_run_folder, summary,
+                   truncate_logs, write_atomic)
 
 ALGORITHM = "cc"
 
@@ -288,8 +289,8 @@ def evaluate(show):
                 file.write(f"=== step {progress['step']}, {e.item}\n{dialogue(task, e, False)}\n")
     for e in episodes[:show]:
         print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
-    tqdm.write(f"eval step {line['step']} | score {line['eval/score']:.1f} | reward {line['eval/reward']:.3f} | "
-               f"return {line['eval/return']:.3f} | turns {line['eval/turns']:.2f} | {time.time() - started:.1f} s")
+    keys = ["step", *(key for key in line if key.startswith("eval/"))]
+    tqdm.write(f"eval {log_text(line, keys)} | {time.time() - started:.1f} s")
 
 
 def due(step):  # whether to evaluate after this many steps; 0: the untrained team
@@ -300,9 +301,7 @@ def due(step):  # whether to evaluate after this many steps; 0: the untrained te
 if args.eval_only:
     evaluate(show=2)
     sys.exit()
-interrupted = []
-for signum in (signal.SIGINT, signal.SIGTERM):  # torchrun forwards Ctrl-C as SIGTERM
-    signal.signal(signum, lambda signum, _: (interrupted.append(1), signal.signal(signum, signal.SIG_DFL)))
+interrupts = catch_interrupts(rank)
 if args.resume and rank == 0:
     exit_on_error(parser)(truncate_logs)(args.out_dir, progress["step"] if saved else -1, due(progress["step"]))
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
@@ -326,19 +325,20 @@ for step in bar:
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
     progress["step"] = step + 1
     for name, increment in [("episodes", len(episodes)), ("joint_actions", sum(len(e.turns) for e in episodes)),
-                       ("tokens", new_tokens), ("wall_s", t2 - t0),
-                       ("prompt/truncated", sum(all_gather([lm.truncated for lm in set(lms)]))),
-                       ("critic/truncated", sum(all_gather([critic.truncated for critic in critics])))]:
+                            ("tokens", new_tokens), ("wall_s", t2 - t0),
+                            ("prompt/truncated", sum(all_gather([lm.truncated for lm in set(lms)]))),
+                            ("critic/truncated", sum(all_gather([critic.truncated for critic in critics])))]:
         progress[name] += increment
     line = progress | summary(episodes, "train", args.gamma, [lm.end for lm in lms]) | stats | {
         "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
     log(line)
     bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
                     tok_s=f"{new_tokens / (t1 - t0):.0f}")
-    tqdm.write(f"step {step + 1} | " + " | ".join(f"{key.removeprefix('train/')} {line[key]:.4g}" for key in (
-        "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy", "policy/grad_norm",
-        "loss/value", "value/explained_variance", "time/rollout_s", "time/update_s", "joint_actions")))
-    stop = all_gather(interrupted)
+    tqdm.write(log_text(line, (
+        "step", "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy",
+        "policy/grad_norm", "loss/value", "value/explained_variance_by_turn", "time/rollout_s", "time/update_s",
+        "joint_actions")))
+    stop = all_gather(interrupts)
     if stop or (step + 1) % args.save_every == 0:
         save()
     if stop:

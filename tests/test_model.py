@@ -590,7 +590,8 @@ def test_what_was_read_at_the_first_turn_is_not_read_again(name, tokenizers, tmp
     lm, reads = team(make_folder((CONFIGS | PECULIAR)[name], tmp_path, tokenizers[1]), ["agent_0", "agent_1"]), []
     one, two, other = [random.Random(seed).choices(range(5, 200), k=50) for seed in (1, 2, 3)]
     rows, prompt_cache = [(k, i) for i in (0, 1) for k in range(10)], {}
-    lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], uniforms(20, 3), 1.0, 1.0, rows, prompt_cache)
+    first = lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], uniforms(20, 3), 1.0, 1.0, rows, prompt_cache)
+    assert first == lm.generate([f"agent_{i}" for _, i in rows], [[one, two][k % 2] for k, i in rows], uniforms(20, 3), 1.0, 1.0, rows)
     rows = [row for row in rows if row not in [(1, 0), (2, 1)]]
     later = {0: one + two, 2: one + [7], 3: two[:30] + other, 4: one, 5: two[:20], 6: other, 7: two + one, 8: one + two, 9: two}
     names, prompts, draws = [f"agent_{i}" for _, i in rows], [later.get(k, two + [8]) for k, _ in rows], uniforms(18, 3)

@@ -434,6 +434,7 @@ def test_the_script_shows_an_item(tmp_path):
     shown = run("--task", "strbuild", "--seed", "3")
     assert shown.returncode == 0 and "training reward" in shown.stdout and "/setblock" in shown.stdout
     assert run("--task", "strbuild", "--seed", "3").stdout == shown.stdout != run("--seed", "4").stdout
+    assert "agent 1" in shown.stdout and "agent 1" not in run("--num_agents", "1").stdout
     for name in set(tasks.TASKS) - {"strbuild"}:
         shown = run("--task", name, "--svg", str(tmp_path / f"{name}.svg"))
         assert ("training reward" in shown.stdout and "agent 1" in shown.stdout) == (name == "housebuild"), shown.stderr

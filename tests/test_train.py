@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from critic import baselines, td_targets
 from model import LanguageModel, model_folders
-from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error, get_task, history, open_run_folder,
-                   truncate_logs)
+from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error, get_task, history, log_text,
+                   open_run_folder, truncate_logs)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -454,6 +454,7 @@ def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps, 
     os.kill(run.process.pid, number)
     run.process.join(60)
     assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
+    assert run.err.read_text().count("interrupted: this step will be finished and saved; once more stops at once\n") == 1
     assert "--resume" in run.out.read_text().splitlines()[-1]
     step = train_lines(folder)[-1]["step"]
     assert torch.load(folder / "train_state.pt", weights_only=False)["progress"]["step"] == step < 4
@@ -524,7 +525,7 @@ def test_the_siblings_resume_as_well(workplace, data, train, script):
     assert log_of(folder) == log_of(whole) and same_weights(folder, whole)
     assert (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
     run = workplace.run(script, *SMALL, "--data", data, "--out_dir", folder.name, "--eval_only")
-    assert run.code == 0 and f"eval step 4 | score {log_of(whole)[-1]['eval/score']:.1f}" in run.out
+    assert run.code == 0 and f"eval step 4 | return {log_of(whole)[-1]['eval/return']:.4g} | reward " in run.out
     run = workplace.run("model.py", folder.name, "--string", "li")
     assert run.code == 0 and "score" in run.out.splitlines()[-1], run.err[-2000:]
 
@@ -574,13 +575,15 @@ def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, fou
     assert run.code == 0, run.err[-2000:]
     assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
     last = log_of(four_steps)[-1]
-    assert f"eval step 4 | score {last['eval/score']:.1f} | reward {last['eval/reward']:.3f}" in run.out
-    assert "other settings" not in run.out
+    assert "eval " + log_text(last, ["step", *(key for key in last if key.startswith("eval/"))]) in run.out
+    assert f" | score {last['eval/score']:.4g} | " in run.out and f" | coverage {last['eval/coverage']:.4g} | " in run.out
+    assert "other settings" not in run.out and "untrained" not in run.out
     played = (four_steps / "samples.txt").read_text().rsplit("=== step 4, ", 1)[1]
     assert played.split("\n", 1)[1].strip() in run.out  # the trained agents' words
     raw = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "nothing", "--eval_only")
     first = log_of(four_steps)[0]
-    assert f"eval step 0 | score {first['eval/score']:.1f} | reward {first['eval/reward']:.3f}" in raw.out
+    assert f"eval step 0 | return {first['eval/return']:.4g} | reward {first['eval/reward']:.4g}" in raw.out
+    assert "There is no run in nothing: this evaluates the untrained team." in raw.out
     assert not (workplace.folder / "nothing").exists()
 
 
@@ -596,7 +599,7 @@ def test_eval_only_with_fewer_turns(workplace, data, four_steps):
     """To see how good a trained team's first answers are."""
     run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
     assert run.code == 0, run.err[-2000:]
-    assert "turns 1.00" in run.out and "trained with other settings: num_turns 2 -> 1." in run.out
+    assert " | turns 1 | " in run.out and "trained with other settings: num_turns 2 -> 1." in run.out
 
 
 @pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_cc.py", "--critic_lr"), ("train_mc.py", "--lr")])
@@ -658,8 +661,13 @@ def test_errors_of_wandb_are_one_sentence_and_bugs_are_not(capsys):
     with pytest.raises(SystemExit) as end, exit_on_error(ArgumentParser()):
         raise not_logged_in("No API key configured.")
     assert end.value.code == 2 and capsys.readouterr().err == "error: No API key configured.\n"
-    with pytest.raises(KeyError), exit_on_error(ArgumentParser()):
-        raise KeyError("agent")
+    for bug in (KeyError("agent"), ValueError("invalid literal")):  # such as those of a new task's code
+        with pytest.raises(type(bug)), exit_on_error(ArgumentParser()):
+            raise bug
+
+
+def test_log_text():
+    assert log_text({"train/score": 43.7, "x": [1, 0.5]}, ["train/score", "x"]) == "score 43.7 | x [1 0.5]"
 
 
 def test_overwrite_starts_afresh(train, four_steps, workplace):
