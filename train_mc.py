@@ -332,5 +332,5 @@ for step in bar:
         sys.exit(130)
 save()
 evaluate(show=2)
-print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt whole "
+print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt some "
       f"episodes;\n{time.time() - start_time:.0f} s in all. Next: python model.py {args.out_dir}")
