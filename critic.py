@@ -69,7 +69,7 @@ def critic_messages(histories):
 
     Text that is the same for every agent appears once, other texts one after another; a single history stays as it is.
     [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
-    "Build I with A.\nBuild I with B.". The rules (system messages) are omitted: they are the same in every history.
+    "Build I with A.\nBuild I with B.". The rules (system messages) are omitted: an agent's rules never change.
     """
     messages = []
     for parallel in zip(*histories):  # one message of each agent
@@ -107,7 +107,7 @@ class Critic(nn.Module):
         return ids[-self.max_tokens:]
 
     def set_scale(self, returns):
-        """Set mean_t and std_t from returns [episode][turn]: output 0 of head t is then the mean return at turn t."""
+        """Set mean_t and std_t from returns [episode][turn]: head_t = 0 is then the mean return at turn t."""
         for t in range(len(self.mean)):
             at_t = torch.tensor([ret[t] for ret in returns if len(ret) > t])
             if len(at_t):

@@ -110,7 +110,7 @@ def tiny_tokenizer(task, rng):
 def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
-    GPT-NeoX (Pythia's architecture): thanks to its fused QKV projection and plain MLP, forward and backward are faster
+    GPT-NeoX (Pythia's architecture), with a fused QKV projection and a plain MLP: its forward and backward were faster
     on a CPU than Llama's or GPT-2's. Weights are initialised with standard deviation width^-1/2: with the usual 0.02,
     attention in so narrow a model stays uniform for hundreds of steps. The folder appears only once it is complete.
     """
@@ -422,9 +422,9 @@ class Packed:
 
     @staticmethod
     def attention(module, query, key, value, attention_mask, sliding_window=None, **options):
-        """transformers' attention interface: a static-cache decode step, plain SDPA, or the packed row (MARKER)."""
-        if getattr(module, "static_kv", None):
-            return static_cache_attention(module, query, key, value, attention_mask, sliding_window, **options)
+        """transformers' attention interface: an in-place decode step, plain SDPA, or the packed row (MARKER)."""
+        if getattr(module, "in_place_kv", None):
+            return in_place_attention(module, query, key, value, attention_mask, sliding_window, **options)
         if attention_mask is None or attention_mask.data_ptr() != Packed.MARKER.data_ptr():  # some models slice it
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         (calls, out_index), outputs = Packed.current.plans[module is Packed.current.last], []
@@ -439,13 +439,13 @@ class Packed:
         return torch.cat(outputs).index_select(0, out_index)[None], None  # (1, N, heads, D)
 
 
-def static_cache_attention(module, query, key, value, attention_mask, sliding_window, scaling=None, **_):
-    """Decode-step attention that writes the new keys and values in place into a static cache (see sample_static).
+def in_place_attention(module, query, key, value, attention_mask, sliding_window, scaling=None, **_):
+    """Decode-step attention that writes the new keys and values into the KV cache in place (see sample_in_place).
 
-    module.static_kv: keys and values (R, KV heads, L, D) and the slots (G,) of the new ones (R, KV heads, G, D);
-    attention_mask: (R, 1, G, L), additive. Query heads that share a KV head become queries of it: no key is copied.
+    module.in_place_kv: keys and values (R, KV heads, L, D) and the slots (G,) of the new ones (R, KV heads, G, D);
+    attention_mask: (R, 1, G, K), additive. Query heads that share a KV head become queries of it: no key is repeated.
     """
-    keys, values, cache_position = module.static_kv
+    keys, values, cache_position = module.in_place_kv
     keys.index_copy_(2, cache_position, key)
     values.index_copy_(2, cache_position, value)
     keys, values = (x[:, :, :attention_mask.shape[-1]] for x in (keys, values))
@@ -475,7 +475,7 @@ def jit_trace(step, state):
 
 
 def round_up(slots):
-    """The next multiple of 8: attention kernels want aligned key lengths."""
+    """slots, rounded up to a multiple of 8: attention kernels want aligned key lengths."""
     return -(-slots // 8) * 8
 
 
@@ -495,7 +495,7 @@ def sample(logits, uniforms, temperature, top_p):
     """Tokens and log-probabilities (.., G) for logits (.., G, V) and one random number in [0, 1) for each, (.., G)."""
     logp = (logits.float() / temperature).log_softmax(-1)
     probs = logp.exp()
-    if top_p < 1:  # nucleus: the fewest most likely tokens whose probabilities reach top_p
+    if top_p < 1:  # nucleus: the fewest most likely tokens whose probabilities exceed top_p
         ordered, order = probs.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
@@ -567,10 +567,10 @@ class LanguageModel:
 
         prefill; updates on a CPU               Packed: one row without padding, shared prefixes once
         updates on a GPU                        padded rows, which flash attention reads faster
-        decoding                                sample_static: static KV cache, on a GPU replayed as a CUDA graph
+        decoding                                sample_in_place: KV cache updated in place, on a GPU a CUDA graph
         decoding with a small base in float32   merge_adapters: W + scale B A per adapter; traced decode steps
         several answers to one prompt           one row of the batch, which decodes a token of each per step
-        attention other than torch's SDPA       sample_dynamic: padded rows, transformers' own masks and DynamicCache
+        models that cannot pack (can_pack)      sample_dynamic: padded rows, transformers' own masks and DynamicCache
     """
 
     def __init__(self, folder, device="cpu", rank=16, attn=None, gradient_checkpointing=False, compiled=False):
@@ -691,8 +691,11 @@ class LanguageModel:
         """Raise InputError if the adapter in folder was saved with another base (by fingerprint)."""
         path = os.path.join(folder, "base.json")
         if os.path.exists(path):
-            with open(path) as file:
-                base = json.load(file)
+            try:
+                with open(path) as file:
+                    base = json.load(file)
+            except ValueError as error:
+                raise InputError(f"{path} cannot be read: {first_line(error)}") from None
             if base["fingerprint"] != self.fingerprint:
                 raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not "
                                  f"{self.folder} as it is now.")
@@ -834,13 +837,13 @@ class LanguageModel:
         logps = torch.zeros(uniforms.shape, device=self.device)
         self.merge_adapters(names)
         if self.can_pack:
-            slots = round_up(mask.shape[1] + G * min(uniforms.shape[1], math.inf if self.static_cache else 64))
+            num_slots = round_up(mask.shape[1] + G * min(uniforms.shape[1], math.inf if self.static_cache else 64))
             row_ids = [row_ids[k:k + G] for k in range(0, len(row_ids), G)]  # for each prompt those of its G answers
-            logits, kv_cache = self.prefill(names, prompts, row_ids, prompt_cache, slots)  # (B / G, V)
+            logits, kv_cache = self.prefill(names, prompts, row_ids, prompt_cache, num_slots)  # (B / G, V)
             logits = logits[:, None].expand(-1, G, -1)
             ids, logp = sample(logits, uniforms[:, 0].view(-1, G), temperature, top_p)  # (B / G, G)
             tokens[:, 0], logps[:, 0] = ids.flatten(), logp.flatten()
-            self.sample_static(names, kv_cache, mask, ids, uniforms, tokens, logps, temperature, top_p)
+            self.sample_in_place(names, kv_cache, mask, ids, uniforms, tokens, logps, temperature, top_p)
         else:
             self.sample_dynamic(names, prompts, mask, uniforms, tokens, logps, temperature, top_p)
         self.merge_adapters()
@@ -848,7 +851,7 @@ class LanguageModel:
         return tuple([row[:n] for row, n in zip(rows.tolist(), lengths)] for rows in (tokens, logps))
 
     def sample_dynamic(self, names, prompts, mask, uniforms, tokens, logps, temperature, top_p):
-        """Sample with transformers' own masks and DynamicCache, for models that cannot use Packed and sample_static."""
+        """Sample with transformers' own masks and DynamicCache, for models that cannot pack."""
         self.set_rows(names)
         cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
         ids = padded(prompts, self.pad, self.device, left=True)  # (B, P), then (B, 1)
@@ -864,8 +867,8 @@ class LanguageModel:
                 break
             position, mask = position[:, -1:] + 1, F.pad(mask, (0, 1), value=True)
 
-    def sample_static(self, names, kv_cache, mask, ids, uniforms, tokens, logps, temperature, top_p):
-        """Sample from the second token on, with every tensor updated in place, so that a step can be replayed.
+    def sample_in_place(self, names, kv_cache, mask, ids, uniforms, tokens, logps, temperature, top_p):
+        """Sample from the second token on; a step updates its tensors in place, so that it can be replayed.
 
         Launching hundreds of small kernels per token from Python takes longer than running them. On a GPU a CUDA graph
         launches them at once; finished rows stay in the batch, because the weights are read once for all rows. On a CPU
@@ -885,7 +888,7 @@ class LanguageModel:
 
         def step(slots, t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *tensors):
             for module in self.attention_layers:
-                module.static_kv = *tensors[2 * module.layer_idx:][:2], cache_position
+                module.in_place_kv = *tensors[2 * module.layer_idx:][:2], cache_position
             for layers, W in zip(self.siblings, tensors[len(kv_cache):]):
                 layers[0].merged_weights = W, *layers[0].merged_weights[1:]
             attend = visible[:, :, :slots.shape[0]] & (slots <= cache_position[-1])
@@ -930,26 +933,26 @@ class LanguageModel:
                     self.traced_steps[constants] = jit_trace(step, state)
                 run_step = self.traced_steps[constants]
             run_step(*state)
-            if k == 1 and ids.is_cuda:  # the eager first step also served as warm-up
+            if k == 1 and ids.is_cuda:  # the first step, outside the graph, was also the warm-up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     step(*state)
                 run_step = lambda *_: graph.replay()
         for module in self.attention_layers:
-            module.static_kv = None
+            module.in_place_kv = None
         for (layer, _), forward in zip(self.compiled, eager_forwards):
             layer.forward = forward
 
-    def prefill(self, names, prompts, row_ids, prompt_cache, slots):
+    def prefill(self, names, prompts, row_ids, prompt_cache, num_slots):
         """Prefill B prompts of at most P tokens: next-token logits (B, V), and the KV cache.
 
-        The cache is a list with two tensors (B, KV heads, slots, D) per layer, keys and values; prompts are left-padded
-        to P, and the slots after P are free. row_ids: for each prompt the row ids of its answers in prompt_cache.
+        The cache is a list with two tensors (B, KV heads, num_slots, D) per layer, keys and values; prompts are
+        left-padded to P, further slots are free. row_ids: for each prompt the row ids of its answers in prompt_cache.
         """
         B, P, logits, kv_cache = len(prompts), max(map(len, prompts)), [], []
         for k in range(0, B, 16):  # the activations of 16 prompts fit into a CPU's caches
             chunk, past = prompts[k:k + 16], DynamicCache()
-            cached = [prompt_cache.get(ids[0], ([], [])) for ids in row_ids[k:k + 16]]  # (prompt, keys and values)
+            cached = [prompt_cache.get(same[0], ([], [])) for same in row_ids[k:k + 16]]  # (prompt, keys and values)
             past_kv = [torch.cat(x, 1)[None] for x in zip(*(kv for _, kv in cached if kv))]
             for layer, pair in enumerate(zip(past_kv[::2], past_kv[1::2])):
                 past.update(*pair, layer)
@@ -957,12 +960,12 @@ class LanguageModel:
             logits.append(self.causal_lm(**inputs, past_key_values=past, logits_to_keep=row.wanted).logits[0])
             paths = padded(row.paths, 0, self.device, left=True)  # (rows, longest)
             packed_kv = [x[0] for layer in past.layers for x in (layer.keys, layer.values)]  # (KV heads, tokens, D)
-            kv_cache = kv_cache or [x.new_zeros(B, x.shape[0], slots, x.shape[2]) for x in packed_kv]
+            kv_cache = kv_cache or [x.new_zeros(B, x.shape[0], num_slots, x.shape[2]) for x in packed_kv]
             for x, out in zip(packed_kv, kv_cache):
                 x = x.index_select(1, paths.flatten()).unflatten(1, paths.shape).transpose(0, 1)
                 out[k:k + 16, :, P - paths.shape[1]:P] = x
-            for b, (ids, prompt) in enumerate(zip(row_ids[k:k + 16], chunk), k):
-                if new := [row_id for row_id in ids if row_id not in prompt_cache]:
+            for b, (same, prompt) in enumerate(zip(row_ids[k:k + 16], chunk), k):
+                if new := [row_id for row_id in same if row_id not in prompt_cache]:
                     own = [x[b, :, P - len(prompt):P].clone() for x in kv_cache]  # without padding and free slots
                     prompt_cache.update(dict.fromkeys(new, (prompt, own)))
         return torch.cat(logits), kv_cache

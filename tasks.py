@@ -187,7 +187,9 @@ def summary(episodes, prefix, gamma, ends):
 def log_text(line, keys):
     """Entries of a log line for the terminal: {"train/score": 43.7, "x": [1, 0.5]} gives "score 43.7 | x [1 0.5]"."""
     def text(value):
-        return f"[{' '.join(map(text, value))}]" if isinstance(value, list) else f"{value:.4g}"
+        if isinstance(value, list):
+            return f"[{' '.join(map(text, value))}]"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
     return " | ".join(f"{key.removeprefix('train/').removeprefix('eval/')} {text(line[key])}" for key in keys)
 
 
@@ -362,7 +364,7 @@ def catch_interrupts(rank):
         signal.signal(signum, signal.SIG_DFL)
         interrupts.append(signum)
         if rank == 0:  # os.write, because print may be what was interrupted
-            os.write(2, b"\ninterrupted: this step will be finished and saved; once more stops at once\n")
+            os.write(2, b"\ninterrupted: what is under way will be finished and saved; once more stops at once\n")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, handler)
     return interrupts

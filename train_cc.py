@@ -7,7 +7,7 @@ One training step, in the notation of arXiv 2601.21972:
  3. Advantage of every agent = TD error:     A_t = r_t + gamma V(h_t+1) - V(h_t),   V after the last turn is 0.
  4. Critic:  minimise  mean ((V(h_t) - y_t) / std_t)^2  with the constant target y_t = r_t + gamma V(h_t+1).
  5. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A)  with importance ratio
-    rho = pi_i / behaviour policy; at rho = 1 (first minibatch) the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+    rho = pi_i / pi_i at sampling; at rho = 1 (first minibatch) the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 After training the critics are discarded: each agent acts with its own adapter on its own history.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
@@ -87,7 +87,7 @@ group.add_argument("--eval_only", action="store_true", help="evaluate the agents
 group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
 args.algorithm = ALGORITHM
-with exit_on_error(parser):  # all user errors are found before anything is built or loaded
+with exit_on_error(parser):  # user errors, as far as they show before anything is built or loaded
     rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     check_model(args.model, args.num_agents)
@@ -151,7 +151,7 @@ if saved and args.resume:
 
 
 def save():
-    """train_state.pt, written first, is all that --resume needs; the adapter folders are all that the agents need."""
+    """train_state.pt, written first, is all that --resume needs; the adapter folders are what the agents need."""
     if rank == 0:
         with exit_on_error(parser):
             state = {name: module.state_dict() for name, module in stateful.items()} | {
@@ -279,8 +279,8 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started = time.time()
-    B, eval_gen = args.batch_size * args.ranks, torch.Generator().manual_seed(1234)  # B: as many at once as in training
-    episodes = [e for k in range(0, len(task.eval_items), B) for e in rollout(task.eval_items[k:k + B], eval_gen)]
+    size, eval_gen = args.batch_size * args.ranks, torch.Generator().manual_seed(1234)  # as many at once as in training
+    episodes = [e for k in range(0, len(task.eval_items), size) for e in rollout(task.eval_items[k:k + size], eval_gen)]
     line = progress | summary(episodes, "eval", args.gamma, [lm.end for lm in lms])
     if not args.eval_only and rank == 0:
         log(line)

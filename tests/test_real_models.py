@@ -354,6 +354,9 @@ def test_models_and_adapters_that_do_not_fit(llm, workplace, train, tmp_path):
         refused = workplace.run("model.py", tmp_path / "moved", "--device", "cpu", *more)
         assert refused.code == 2 and "trained on another base" in refused.err and refused.err.count("\n") == 1, refused.err
     assert not (files / "unborn" / "agent_0").exists()
+    (files / "moved" / "agent_0" / "base.json").write_text('{"model": "')
+    refused = workplace.run("model.py", tmp_path / "moved", "--device", "cpu")
+    assert refused.code == 2 and "base.json cannot be read" in refused.err and refused.err.count("\n") == 1, refused.err
 
 
 def test_a_merged_model_keeps_the_precision_of_its_base(llm, tmp_path):

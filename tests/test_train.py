@@ -454,7 +454,7 @@ def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps, 
     os.kill(run.process.pid, number)
     run.process.join(60)
     assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
-    assert run.err.read_text().count("interrupted: this step will be finished and saved; once more stops at once\n") == 1
+    assert run.err.read_text().count("interrupted: what is under way will be finished and saved; once more stops at once\n") == 1
     assert "--resume" in run.out.read_text().splitlines()[-1]
     step = train_lines(folder)[-1]["step"]
     assert torch.load(folder / "train_state.pt", weights_only=False)["progress"]["step"] == step < 4
@@ -668,6 +668,7 @@ def test_errors_of_wandb_are_one_sentence_and_bugs_are_not(capsys):
 
 def test_log_text():
     assert log_text({"train/score": 43.7, "x": [1, 0.5]}, ["train/score", "x"]) == "score 43.7 | x [1 0.5]"
+    assert log_text({"step": 12345, "return": -1.23456}, ["step", "return"]) == "step 12345 | return -1.235"
 
 
 def test_overwrite_starts_afresh(train, four_steps, workplace):
