@@ -118,7 +118,7 @@ def command_shares(max_commands, num_agents):
 def read_commands(response, palette, bbox, share):
     r"""Split one agent's answer into accepted [((x, y, z), block), ...] and rejected [(line, reason), ...] commands.
 
-    bbox is two opposite corner cells ((x, y, z), (x, y, z)) of the box to build in; share is the most to accept.
+    bbox is the lowest and the highest cell ((x, y, z), (x, y, z)) of the box to build in; share is the most to accept.
     "/setblock 1 0 0 minecraft:stone\nsetblock 9 0 0 stone" with bbox ((0, 0, 0), (2, 1, 0)) gives
     [((1, 0, 0), "stone")] and [("setblock 9 0 0 stone", "outside the box")].
     """
@@ -166,7 +166,7 @@ def strbuild_world(target_rows, responses, palettes, max_commands=300, start=())
 
 
 def texture(block):
-    """The material of a block: oak_planks is wood, stone and cobblestone are both stone."""
+    """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
     if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone

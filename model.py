@@ -581,8 +581,8 @@ class LanguageModel:
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, attn_implementation=attn)
             config = self.causal_lm.config.get_text_config()
-            # layers with a recurrent state instead of keys and values (Qwen3.5, LFM2): no prefix can be shared
-            self.recurrent = any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers)
+            # layers with a state instead of keys and values (Qwen3.5, LFM2): no prefix can be shared
+            self.stateful = any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers)
         except Exception as error:  # third-party weights can fail in any way
             raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
         self.causal_lm.to(device).eval().requires_grad_(False)
@@ -614,7 +614,7 @@ class LanguageModel:
             "sliding_window=" in inspect.getsource(type(m).forward) for m in self.attention_layers)
         # models whose attention function can be replaced read packed rows
         self.can_pack = config._attn_implementation == "sdpa" and self.causal_lm._supports_attention_backend and not (
-            self.recurrent or masked_window or any(getattr(config, name, None) for name in (
+            self.stateful or masked_window or any(getattr(config, name, None) for name in (
                 # Llama 4 attends in chunks, DeepSeek compresses keys and values, Gemma 3n shares them between layers
                 "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers")))
         self.can_share_prompts = self.can_pack and not getattr(config, "sliding_window", None)
@@ -853,7 +853,7 @@ class LanguageModel:
     def sample_dynamic(self, names, prompts, mask, uniforms, tokens, logps, temperature, top_p):
         """Sample with transformers' own masks and DynamicCache, for models that cannot pack."""
         self.set_rows(names)
-        cache = DynamicCache(config=self.causal_lm.config) if self.recurrent else DynamicCache()
+        cache = DynamicCache(config=self.causal_lm.config) if self.stateful else DynamicCache()
         ids = padded(prompts, self.pad, self.device, left=True)  # (B, P), then (B, 1)
         position = (mask.long().cumsum(1) - 1).clamp(min=0)
         alive = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1), 1 = has not ended

@@ -334,12 +334,12 @@ def check_run_folder(args):
     if not isinstance(saved, dict) or "out_dir" not in saved:
         if args.resume:
             raise InputError(f"There is no run to resume in {args.out_dir}.")
-        if args.eval_only:
-            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
         if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
             raise InputError(f"{args.out_dir} is a file; choose another --out_dir.")
         if os.path.exists(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
             raise InputError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+        if args.eval_only:
+            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
         return
     if not (args.resume or args.overwrite or args.eval_only):
         raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
@@ -1020,8 +1020,8 @@ class ArXiv(Writing):
 FUNCTION_NODES = ast.FunctionDef, ast.AsyncFunctionDef
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
 # Model-written code runs only here: one process per batch, in it one worker per core, which forks once per test. On
-# Linux a test has no network, starts no process, writes only to its own folder in 64 MB of memory, and its process
-# namespace is killed after it; without namespaces, and on macOS, there are only its limits and its process group. A
+# Linux a test starts no process; with namespaces it has no network, writes only to its own folder in 64 MB of memory,
+# and all else in its process namespace is killed after it; elsewhere its limits and its process group remain. A
 # test passes by sending a token after its last line, so exit(0) is no pass. Not prevented: reading files, inspecting
 # the caller's frames, an __eq__ that is always true; without namespaces, whatever the trainer's own user may do.
 # Numbers: unshare 0x50020000 are CLONE_NEWUSER, NEWNET and NEWNS, 0x20000000 is CLONE_NEWPID; system call 442 is

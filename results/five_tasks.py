@@ -46,7 +46,7 @@ def table(folder):
 
 
 def episodes(folders):
-    """Print before and after training, for each run, the one of the episodes in samples.txt that gained most score."""
+    """Print, for each run, the episode of samples.txt whose score gained most, before and after training."""
     for folder in folders:
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
@@ -55,9 +55,9 @@ def episodes(folders):
         last = parts[-1][0]
         before, after = ([text.rstrip() for step, _, text in parts if step == which] for which in ("0", last))
         score = [[float(text.rsplit("score ", 1)[1]) for text in texts] for texts in (before, after)]
-        best = max(range(len(before)), key=lambda k: score[1][k] - score[0][k])
-        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[best]}\n```\n\n"
-              f"After {last} steps:\n\n```\n{after[best]}\n```\n")
+        chosen = max(range(len(before)), key=lambda k: score[1][k] - score[0][k])
+        print(f"## {config['task']}\n\nBefore training:\n\n```\n{before[chosen]}\n```\n\n"
+              f"After {last} steps:\n\n```\n{after[chosen]}\n```\n")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ SHAPES = {  # Qwen3's published configurations: width, layers, heads, KV heads, 
 
 def config_of(shape, layers=None, vocabulary=None):
     from transformers import Qwen3Config
-    width, depth, heads, kv_heads, head, mlp, tokens, tied = shape
+    width, depth, heads, kv_heads, head, mlp, vocab, tied = shape
     return Qwen3Config(hidden_size=width, num_hidden_layers=layers or depth, num_attention_heads=heads,
                        num_key_value_heads=kv_heads, head_dim=head, intermediate_size=mlp,
-                       vocab_size=vocabulary or tokens, tie_word_embeddings=tied, max_position_embeddings=8192)
+                       vocab_size=vocabulary or vocab, tie_word_embeddings=tied, max_position_embeddings=8192)
 
 
 def build(name, folder):

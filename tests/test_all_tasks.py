@@ -314,7 +314,7 @@ def test_the_task_that_the_readme_adds(workplace):
 # --- where an episode ends --------------------------------------------------------------------------------------------
 
 def test_where_an_episode_ends():
-    """One more missing block, failed test or missing kind of transition takes the reward below the threshold."""
+    """The threshold lies between the two cases of each pair."""
     def ended(name, item, first, second):
         return get_task_once(name, 2).judge(item, [first, second], 0).done
     for string, done in [("I", False), ("IC", True)]:  # a missing cell of 13 costs 0.154, of 24 it costs 0.083

@@ -176,9 +176,9 @@ def test_a_dialogue_says_what_an_agent_was_told_before_it_answered():
     shown = [line[9:] for line in tasks.dialogue(task, episode, False).splitlines() if "agent" in line]
     built = ["agent 0 answers: /setblock 1 1 0 stone", "agent 1 answers: (nothing)"]
     assert shown == [f"agent 0 is told: {task.observation(episode.item, 0)}", built[0],
-                    f"agent 1 is told: {task.observation(episode.item, 1)}", built[1],
-                    "agent 0 is told: Turn 2 of 4. Your wrong cells: 1 1 0.", built[0],
-                    "agent 1 is told: Turn 2 of 4. Your wrong cells: none.", built[1]]
+                     f"agent 1 is told: {task.observation(episode.item, 1)}", built[1],
+                     "agent 0 is told: Turn 2 of 4. Your wrong cells: 1 1 0.", built[0],
+                     "agent 1 is told: Turn 2 of 4. Your wrong cells: none.", built[1]]
 
 
 # --- what an answer is worth ------------------------------------------------------------------------------------------
