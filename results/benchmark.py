@@ -17,7 +17,7 @@ How fast is it? Ours against the official code, comlrl 1.4.3, and against the ba
 
     pip install comlrl==1.4.3                          # the peer; nothing else in this repository needs it
     python results/benchmark.py                        # 1 and 2
-    python results/benchmark.py --small                # a minute: does it work?
+    python results/benchmark.py --small                # three minutes: does it work?
     python results/benchmark.py --model FOLDER         # 1 on a GPU, with a real LLM's shape in bf16
     python results/benchmark.py --to_score 60
 """
