@@ -1,7 +1,7 @@
 """
-The README's table of the five tasks and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
+The README's first two tables and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
 
-    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints the table
+    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints both
     python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training
 """
 import argparse
@@ -11,11 +11,11 @@ import os
 import statistics
 
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": "", "strbuild": "36.6 / 46.1 / 68.5",
-         "housebuild": "43.2 / 54.6 / 52.7"}
+         "housebuild": "43.2 / 54.6 / 52.7", "first-command": "", "first-command-dc": "", "first-command-mc": ""}
 
 
 def table(folder):
-    """One row per task: mean ± standard deviation over seeds, of the first and the last evaluation."""
+    """One row per task, and per method of the first table: mean ± standard deviation over seeds, of the first and the last evaluation."""
     rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn "
             "| in the paper: raw / GRPO / CoLLM-CC |", "|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():
