@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from tokenizers import processors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, Cohe
 
 import model
 from critic import Critic, baselines, critic_messages, explained_variance, explained_variance_stats, td_targets
-from model import LanguageModel, Packed, build_tiny, jit_trace, micro_batches, padded, rows_to_keep, tiny_tokenizer, train_bpe
+from model import (LanguageModel, Packed, build_tiny, fuse_rms_norms, jit_trace, micro_batches, padded, rows_to_keep,
+                   tiny_tokenizer, train_bpe)
 from tasks import Episode, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
@@ -361,6 +363,30 @@ def test_a_step_of_sampling_reads_no_number(name, tokenizers, tmp_path):
     lm.save_adapter("agent_1", str(tmp_path))
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "agent_1")
     assert torch.allclose(plain_logprobs(plain, prompts[3], tokens[3]), torch.tensor(logps[3]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name, dtype", [("llama", "float32"), ("qwen3", "float32"), ("qwen3", "bfloat16")])
+def test_fused_norms_are_the_librarys(name, dtype, tokenizers, tmp_path):
+    lm = LanguageModel(make_folder(CONFIGS[name], tmp_path, tokenizers[1]))
+    net, ids = lm.causal_lm.to(getattr(torch, dtype)), torch.tensor([prompts_of(lm, 1)[0][-50:]])
+    norms = [module for module in net.modules() if "Norm" in type(module).__name__]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5)
+    norms[0].variance_epsilon = 0.5
+    before = net(input_ids=ids, use_cache=False).logits
+    norms[1].forward = lambda x: 2 * F.rms_norm(x, x.shape[-1:])  # computes something else
+    fuse_rms_norms(net)
+    assert ["forward" in vars(norm) and norm.forward.__name__ for norm in norms] == [
+        "<lambda>" if norm is norms[1] else "rms_norm_forward" for norm in norms]
+    del norms[1].forward
+    after = net(input_ids=ids, use_cache=False).logits
+    assert (after - before).abs().mean() < (1e-5 if dtype == "float32" else 0.02) * before.abs().mean()
+
+
+def test_norms_that_add_one_to_their_weight_are_left_alone(tokenizers, tmp_path):
+    lm = LanguageModel(make_folder(PECULIAR["gemma3"], tmp_path, tokenizers[1]))
+    fuse_rms_norms(lm.causal_lm)
+    assert not any("forward" in vars(module) for module in lm.causal_lm.modules() if "Norm" in type(module).__name__)
 
 
 def test_positions_that_depend_on_other_rows_are_not_reached(tokenizers, tmp_path):

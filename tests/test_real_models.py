@@ -211,6 +211,63 @@ def test_flags_of_memory_and_attention_give_the_same_run(train, llm):
             assert before["policy/grad_norm"] == pytest.approx(after["policy/grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("script, names, more", [
+    ("train_cc.py", ["Qwen3"], ["--gradient_checkpointing", "--micro_batch", 2]),
+    ("train_dc.py", ["gemma-3"], ["--group_size", 2, "--top_p", 0.8]),
+    ("train_mc.py", ["Llama-3", "gpt2"], ["--batch_size", 8])])
+def test_runs_on_a_virtual_gpu(script, names, more, llm, workplace, tmp_path):
+    """No devices are mixed, and (a check before every run) what CUDA graphs sample is what updates compute."""
+    posts = [{"prompt": f"{words} day", "split": split} for words, split in [
+        ("a first", "train"), ("a second and rather longer", "train"), ("a held-out", "eval")]]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, posts)))
+    for steps in (1, 2):
+        run = workplace.run("tests/virtual_gpu.py", script, *SMALL, "--device", "cuda", "--model", ",".join(map(llm, names)),
+                            "--data", tmp_path / "posts.jsonl", "--steps", steps, "--out_dir", tmp_path / "run", *more,
+                            *["--resume"] * (steps - 1))
+        assert run.code == 0, run.err[-2000:]
+        replays = int(run.out.split("'replays': ")[1].split("}")[0])
+        assert replays >= 22 * (4 - steps) * len(names)  # evaluations and a rollout, all tokens of an answer but two
+    lines = train_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2] and all(line["policy/grad_norm"] > 0 for line in lines)
+    changed = [weights.abs().max() for key, weights in weights_of(tmp_path / "run" / "agent_1").items() if "lora_B" in key]
+    assert all(0 < weight < 1 for weight in changed)
+
+
+def test_a_virtual_gpu_minds_devices_and_what_cuda_graphs_forbid(workplace, tmp_path):
+    (tmp_path / "script.py").write_text("""
+import torch
+
+def refused(function):
+    try:
+        function()
+    except RuntimeError as error:
+        print(error)
+
+x, k, n = torch.zeros(3).to("cuda"), torch.tensor([0], device="cuda"), 0
+print(x.device, x.is_cuda, torch.ones(3, device=x.device).device, (x + 1).cpu().device)
+refused(lambda: x + torch.ones(3))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    refused(x.sum().item)
+    refused(lambda: x[x > 0])
+    x[k] += 1 + n
+    k.add_(1)
+print(x.tolist())
+for n in range(1, 4):  # Python's n was 0 in the capture
+    graph.replay()
+print(x.tolist(), k.item())
+weight = torch.nn.Parameter(torch.ones(2, 3, device="cuda"))
+(x @ weight.t()).sum().backward()
+print(weight.grad.device, weight.grad.tolist())
+""")
+    run = workplace.run("tests/virtual_gpu.py", tmp_path / "script.py")
+    assert run.out.splitlines()[:7] == [
+        "cuda:0 True cuda:0 cpu", "add: tensors on cuda:0 and cpu, the latter of shape (3,)",
+        "_local_scalar_dense is not permitted while a CUDA graph is captured",
+        "index is not permitted while a CUDA graph is captured", "[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0] 3",
+        "cuda:0 [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]"], run.err
+
+
 def test_compiled_layers_write_the_same_answers(llm, monkeypatch):
     """torch.compile traces but generates no code, which would take long; updates are not compiled."""
     results, compile = [], torch.compile
