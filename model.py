@@ -786,13 +786,13 @@ class LanguageModel:
         self.wanted = wanted
         if self.merged_adapters or self.sole_adapter is not None:
             return  # merged_forward looks up what it needs
-        names, row_mask = [name for name, _ in groups if name is not None], None
+        names, row_mask, dtype = [name for name, _ in groups if name is not None], None, self.causal_lm.dtype
         if len(groups) > 1:  # (rows or tokens, 1, 1, n x rank), 1 = the row's own adapter
             row_mask = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
-            row_mask = row_mask.to(self.device, self.causal_lm.dtype)[:, None, None]
+            row_mask = row_mask.to(self.device, dtype)[:, None, None]
 
         def stack(weights, dim):  # in the base's dtype, or autograd would save an fp32 copy of every input
-            return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(self.causal_lm.dtype)
+            return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(dtype)
 
         for layers in self.siblings:
             A = names and stack([layer.lora_A[name].weight for layer in layers for name in names], 0) * layers[0].scale
