@@ -3,6 +3,8 @@ What a step costs: arithmetic and memory as formulas, checked by measurements on
 
     python results/scaling.py --measure    # one quantity at a time is doubled: measured against predicted, in minutes
     python results/scaling.py              # memory and arithmetic of real LLMs' shapes; nothing of that size is built
+    python results/scaling.py --build Qwen3-4B FOLDER                 # a model of such a shape, random weights
+    python results/scaling.py --speed FOLDER --compile                # a sampled token and an update, on a GPU
 
 N is the number of weights that each token passes (all matrices but the embedding and the output layer), H those of the
 output layer, p the tokens of a prompt, L those of an answer, h those of the history that a critic reads (p and h count
@@ -32,6 +34,7 @@ import random
 import runpy
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,12 +186,66 @@ def measure(arguments):
     print("MEASURED", json.dumps({"operations": work, "seconds": {name: line[f"time/{name}_s"] for name in work}}))
 
 
+def speed(folder, compiled, prompt=900, answer=512, rows=16):
+    """Milliseconds of a sampled token and of updates of two agents with this model, and what the hardware could do."""
+    from model import LanguageModel, memory_gb
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, draw = LanguageModel(folder, device, compiled=compiled), random.Random(0)
+    parameters = [p for name in ("agent_0", "agent_1") for p in lm.add_adapter(name)]
+    lm.end = -1  # answers must not end early
+    output = lm.causal_lm.get_output_embeddings().weight
+
+    def tokens(n):
+        return [draw.randrange(len(output)) for _ in range(n)]
+
+    def milliseconds(function, *arguments):
+        for _ in range(2):  # the first time compiles and allocates
+            start = time.perf_counter()
+            function(*arguments)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    names, prompts = [f"agent_{2 * row // rows}" for row in range(rows)], [tokens(prompt) for _ in range(rows)]
+    short, long = (milliseconds(lm.generate, names, prompts, torch.rand(rows, new)) for new in (16, 16 + answer))
+    big, other = torch.zeros(2, 2 ** 26, device=device)  # 256 MiB each
+    bandwidth = 20 * big.nbytes / milliseconds(lambda: [big.copy_(other) for _ in range(10)])  # bytes per ms
+    del big, other
+    config = lm.causal_lm.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = rows * (prompt + 16 + answer / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    base = [p for key, p in lm.causal_lm.named_parameters() if "lora_" not in key]
+    weights = sum(p.numel() for p in base if p.ndim == 2 and p.shape != output.shape)  # tied embeddings are looked up
+    token = (long - short) / answer
+    read = base[0].itemsize * (weights + output.numel() + cache)
+    print(f"{folder} on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}, which copies {bandwidth / 1e6:.0f} "
+          f"GB/s\na token of {rows} rows behind {prompt} tokens: {token:.2f} ms, {read / bandwidth / token:.0%} of which would do "
+          f"to read {read / 1e9:.4g} GB of weights, keys and values\nprompts and 16 tokens: {short:.0f} ms")
+    for B in (1, 2, 4, 8):
+        def update():
+            logp, _ = lm.logprobs(names[:B], prompts[:B], [tokens(answer)] * B)
+            logp.sum().backward()
+            for p in parameters:
+                p.grad = None
+        try:
+            spent = milliseconds(update)
+        except torch.OutOfMemoryError:
+            return print(f"an update of {B} rows: out of memory")
+        work = B * (4 * weights * (prompt + answer) + 4 * output.numel() * answer)
+        print(f"an update of {B} rows with {answer} more: {spent:.0f} ms, {work / spent / 1e9:.3g} TFLOP/s, peak so far "
+              f"{memory_gb(device):.1f} GiB", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="What a step costs, by formula and by measurement.")
     parser.add_argument("--measure", action="store_true", help="check the formulas on small models")
     parser.add_argument("--build", nargs=2, metavar=("SHAPE", "FOLDER"), help="write such a model with random weights")
+    parser.add_argument("--speed", metavar="FOLDER", help="time a sampled token and updates of this model")
+    parser.add_argument("--compile", action="store_true", help="with --speed: as the train scripts' --compile")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.speed:
+        return speed(args.speed, args.compile)
     if args.build:
         if args.build[0] not in SHAPES or os.path.exists(args.build[1]):
             parser.error(f"choose a shape out of {', '.join(SHAPES)} and a folder that is not there yet.")

@@ -76,6 +76,18 @@ def test_a_model_of_a_real_shape_reads_and_writes(tmp_path, monkeypatch):
     assert len(tokens[0]) == 200 and 150 < len(again) < 400
 
 
+def test_the_speed_of_a_token_and_of_updates(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import scaling
+    monkeypatch.setitem(scaling.SHAPES, "small", (32, 1, 2, 1, 16, 64, 151936, True))
+    scaling.build("small", tmp_path / "small")
+    scaling.speed(str(tmp_path / "small"), False, prompt=20, answer=4, rows=8)
+    lines = capsys.readouterr().out.splitlines()
+    # 9,216 weights in the layer, 32 x 151,936 of the output, 8 rows of 20 + 16 + 2 keys and values of 16 numbers, in fp32
+    assert f"read {4 * (9216 + 4861952 + 9728) / 1e9:.4g} GB" in lines[1]
+    assert [line.split(" with")[0] for line in lines[3:]] == [f"an update of {rows} rows" for rows in (1, 2, 4, 8)]
+
+
 def test_memory_by_formula_follows_the_shape(monkeypatch):
     """What a layer keeps for the backward pass is counted on a real layer; rows and checkpointing change the sum."""
     monkeypatch.syspath_prepend(ROOT / "results")
