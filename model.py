@@ -549,7 +549,7 @@ def lora_forward(layer, x):
     """
     y = layer.base_layer(x.flatten(0, -2))  # (B T, outputs)
     if layer.stacked_lora:
-        A, B, row_mask = layer.stacked_lora  # scale A: (siblings x n x rank, inputs) or None; (n x rank, outputs)
+        A, B, row_mask = layer.stacked_lora  # scale x A (siblings x n x rank, inputs) or None, B (n x rank, outputs)
         if A is not None:
             low_rank = F.linear(x, A).unflatten(-1, (-1, len(B)))  # (B, T, siblings, n x rank)
             if row_mask is not None:  # OPT's MLP reads (B T, inputs)
@@ -567,7 +567,7 @@ def rms_norm_forward(norm, x):
 def fuse_rms_norms(causal_lm):
     """Let the model's RMSNorms use rms_norm_forward, except those that compute something else."""
     for norm in causal_lm.modules():
-        if hasattr(norm, "variance_epsilon") and type(norm).__name__.endswith("RMSNorm"):
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") and [*norm.parameters()]:
             x = torch.randn(2, *norm.weight.shape).to(norm.weight)
             if x.dtype == causal_lm.dtype and torch.allclose(norm(x), rms_norm_forward(norm, x), rtol=0.02):
                 norm.forward = types.MethodType(rms_norm_forward, norm)

@@ -426,7 +426,7 @@ def speed(args, folder):
             floors.append([*key, *(f"{mine:.2f} / {bare[part]:.2f}" for part, mine in zip(PARTS, spent)), *(
                 f"{sum(spent) / sum(bare[prefix + part] for part in PARTS):.2f}" for prefix in ("", "frozen "))])
     print(f"Seconds for {size['episodes']} episodes; last column: ours / the peer, in episodes.\n")
-    table(["", "turns", "code", "episodes/s", "tokens/s", *(f"{part} s" for part in PARTS), "GB", "times"], *rows)
+    table(["", "turns", "code", "episodes/s", "tokens/s", *(f"{part} s" for part in PARTS), "GiB", "times"], *rows)
     if floors:
         print("Seconds of a step: ours / bare model; factors: in all, and with the bare model's weights frozen.\n")
         table(["", "turns", "code", *PARTS, "factor", "frozen"], *floors)

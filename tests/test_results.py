@@ -84,7 +84,7 @@ def test_the_speed_of_a_token_and_of_updates(tmp_path, monkeypatch, capsys):
     scaling.speed(str(tmp_path / "small"), False, prompt=20, answer=4, rows=8)
     lines = capsys.readouterr().out.splitlines()
     # 9,216 weights in the layer, 32 x 151,936 of the output, 8 rows of 20 + 16 + 2 keys and values of 16 numbers, in fp32
-    assert f"read {4 * (9216 + 4861952 + 9728) / 1e9:.4g} GB" in lines[1]
+    assert f"reading the {4 * (9216 + 4861952 + 9728) / 1e9:.4g} GB of weights" in lines[1]
     assert [line.split(" with")[0] for line in lines[3:]] == [f"an update of {rows} rows" for rows in (1, 2, 4, 8)]
 
 

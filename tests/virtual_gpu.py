@@ -2,8 +2,8 @@
 A GPU for machines without one: tensors that say they are on cuda:0 and are computed on the CPU.
 
 As on a real GPU, an operation on tensors of both devices is an error, and so is one that waits for a number while a
-CUDA graph is captured. A replayed graph does the captured operations on the same memory again, whatever Python would do
-by then. A real GPU's kernels, memory and speed are not imitated.
+CUDA graph is captured. A replayed graph repeats the captured operations on the same memory, whatever Python would do by
+then. All this as far as the train scripts need it; a real GPU's kernels, memory and speed are not imitated.
 
     python tests/virtual_gpu.py train_cc.py --device cuda --model FOLDER ...
 """
@@ -15,11 +15,9 @@ from pathlib import Path
 
 import peft
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 META, CUDA = torch.device("meta"), torch.device("cuda:0")
@@ -31,12 +29,11 @@ capture = None  # the CUDAGraph that is being captured
 
 class GPUTensor(torch.Tensor):
     """Holds .inner, a CPU tensor. To C++ its device is meta, which needs no driver; to Python it is cuda:0."""
-    device, is_cuda, is_cpu, is_meta = (property(lambda self, answer=answer: answer) for answer in (CUDA, True, False, False))
+    device, is_cuda = property(lambda self: CUDA), True
 
     @staticmethod
     def __new__(cls, inner):
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=META,
-                                                   storage_offset=inner.storage_offset())
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=META)
         self.inner = inner.detach()
         return self
 
@@ -47,15 +44,9 @@ class GPUTensor(torch.Tensor):
     def __reduce_ex__(self, protocol):
         return GPUTensor, (self.inner.clone(),)
 
-    def __repr__(self):
-        return f"GPUTensor({self.inner})"
-
     def tolist(self):
         wait("tolist")
         return self.inner.tolist()
-
-    def data_ptr(self):
-        return self.inner.data_ptr()
 
     def numpy(self):
         raise TypeError("can't convert a tensor on cuda:0 to numpy")
@@ -76,7 +67,7 @@ def operate(operation, args, kwargs):
     if name in ("copy_", "_to_copy"):
         source = args[name == "copy_"]
         on_gpu = isinstance(args[0], GPUTensor) if name == "copy_" else on_gpu
-        if isinstance(source, GPUTensor) != on_gpu and source.dim():
+        if isinstance(source, GPUTensor) != on_gpu and (source.dim() or isinstance(source, GPUTensor)):
             wait(name)
     elif ours:
         others = [x for x in tensors if x.dim() and not isinstance(x, GPUTensor)]
@@ -151,10 +142,8 @@ class Devices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         on_gpu = [str(x).startswith("cuda") for x in (kwargs.get("device"), *args) if isinstance(x, (str, torch.device))]
         if function is torch.tensor and any(on_gpu):
+            wait("torch.tensor")
             return GPUTensor(function(*args, **kwargs | {"device": "cpu"}))
-        if function is torch.Tensor.backward:  # would run without this mode
-            with self:
-                return torch.autograd.backward(args[:1])
         if function is torch.Tensor.__getitem__ and isinstance(args[0], GPUTensor) and isinstance(args[1], list):
             wait("an index on the CPU")
             args = args[0], GPUTensor(torch.tensor(args[1]))
@@ -164,29 +153,6 @@ class Devices(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = query.float() @ key.float().mT * (scale or query.shape[-1] ** -0.5)
-    if is_causal:
-        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    probs = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
-    return (probs @ value.float()).to(query.dtype)
-
-
-@contextlib.contextmanager
-def off(*modes):
-    for mode in reversed(modes):
-        mode.__exit__(None, None, None)
-    yield
-    for mode in modes:
-        mode.__enter__()
-
-
 def turn_on():
     modes = Devices(), Dispatch()
 
@@ -194,20 +160,13 @@ def turn_on():
         original = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: function(original, *args, **kwargs))
 
-    def load_model(original, *args, **kwargs):  # transformers uses the meta device itself
-        with off(*modes):
-            return original(*args, **kwargs)
-
-    replace(AutoModelForCausalLM, "from_pretrained", load_model)
-    replace(F, "scaled_dot_product_attention", lambda original, query, *args, **kwargs: (
-        attention if isinstance(query, GPUTensor) else original)(query, *args, **kwargs))
-    replace(torch, "load", lambda original, path, map_location, **kwargs: original(path, **kwargs))
+    replace(torch, "load", lambda original, path, map_location, **kwargs: tree_map(
+        lambda x: GPUTensor(x) if type(x) is torch.Tensor else x, original(path, **kwargs)))
     replace(peft.peft_model, "get_peft_model_state_dict", lambda original, *args, **kwargs: {
         key: x.inner.clone() for key, x in original(*args, **kwargs).items()})
     for name, value in {"is_available": True, "device_count": 1, "set_device": None, "max_memory_allocated": 2 ** 30}.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
     torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, graph
-    torch.autograd.set_multithreading_enabled(False)
     for mode in modes:
         mode.__enter__()
 
