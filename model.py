@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
 import tempfile
 import types
@@ -1082,7 +1083,7 @@ def agent_process(connection, folder, adapter, agent, device, seed, max_new_toke
     except Exception as error:  # a third-party adapter can fail in any way
         return connection.send(InputError(f"{adapter} cannot be used: {first_line(error)}"))
     generator = torch.Generator().manual_seed((seed * 1000 + agent) % 2 ** 63)
-    with contextlib.suppress(EOFError):  # if another agent fails, the main process exits without sending None
+    with contextlib.suppress(EOFError, BrokenPipeError):  # main exits early if another agent fails, on Ctrl-C
         while (messages := connection.recv()) is not None:
             uniforms = torch.rand(1, max_new_tokens, generator=generator)
             tokens, _ = lm.generate(["agent"], [lm.render(messages, max_new_tokens)], uniforms, temperature, top_p)
@@ -1135,6 +1136,7 @@ def main():
                 merge(folder, adapter, os.path.join(args.merge, os.path.basename(adapter)))
             return
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the agents, which end when this process does
     context, pipes = multiprocessing.get_context("spawn"), []
     for agent in range(task.num_agents):
         ours, theirs = context.Pipe()
@@ -1143,6 +1145,7 @@ def main():
             config["top_p"])).start()
         theirs.close()  # so that recv raises EOFError if the agent dies
         pipes.append(ours)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def receive(agent):
         try:

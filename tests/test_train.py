@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -823,6 +824,18 @@ def test_play_builds_no_base(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="out/tiny-strbuild is not here"):
         model_folders("tiny", get_task("strbuild"), build=False)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads a process's children from /proc")
+def test_ctrl_c_ends_play_and_its_agents_without_a_word(workplace, four_steps):
+    play = subprocess.Popen([sys.executable, str(ROOT / "model.py"), "four"], cwd=workplace.folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while play.poll() is None and len(Path(f"/proc/{play.pid}/task/{play.pid}/children").read_text().split()) < 2:
+        time.sleep(0.1)
+    time.sleep(1)  # until both have been started; they are loading their libraries
+    os.killpg(play.pid, signal.SIGINT)
+    assert play.communicate(timeout=60) == ("", "")  # its agents have closed their ends, too
+    assert play.returncode == -signal.SIGINT
 
 
 def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
