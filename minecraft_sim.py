@@ -26,6 +26,7 @@ import collections
 import itertools
 import math
 import re
+import signal
 import string
 import sys
 from html import escape
@@ -434,6 +435,7 @@ def main():
                 file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
     for agent, response in enumerate(responses):
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
     print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(wall_plan(target_rows), world) + "\n")

@@ -1420,6 +1420,7 @@ def main():
         outcome = task.judge(episode.item, responses, 0)
         if args.svg:
             write_text(args.svg, task.draw_svg(episode.item, outcome.world))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
     for agent in range(task.num_agents):
         print(f"--- agent {agent}")
         for message in history(task, episode, agent):

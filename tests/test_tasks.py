@@ -447,6 +447,11 @@ def test_the_script_shows_an_item(tmp_path):
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and len(list(tmp_path.iterdir())) == 2
     wrong = run("--task", "chess")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "chess" in wrong.stderr and not wrong.stdout
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `| head`, when it has read enough
+    with os.fdopen(writer) as closed:
+        for script in ("tasks.py", "minecraft_sim.py"):
+            assert not subprocess.run([sys.executable, script], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE).stderr
 
 
 # --- the docstrings' examples, and what a user's own task may rely on -------------------------------------------------
