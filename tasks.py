@@ -41,6 +41,7 @@ import ast
 import collections
 import contextlib
 import copy
+import difflib
 import itertools
 import json
 import math
@@ -223,6 +224,8 @@ def read_jsonl(path, check):
                 record = json.loads(line)
                 if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
                     raise InputError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
+                if typos := {*difflib.get_close_matches("split", record, cutoff=0.8)} - {"split"}:  # would train on it
+                    raise InputError(f'it has a key "{min(typos)}"; did you mean "split"?')
                 json.dumps(record, ensure_ascii=False).encode()
                 items[record.get("split", "train")].append(check(record))
             except UnicodeEncodeError:

@@ -379,6 +379,8 @@ def test_a_file_of_ones_own(tmp_path):
     (['{"string": ""}'], "line 1"),
     (['{"string": "CAT", "split": "test"}'], "line 1"),
     (['{"string": "CAT", "split": ["eval"]}'], "line 1"),
+    (['{"string": "DOG"}', '{"string": "CAT", "splitt": "eval"}'], "line 2: it has a key \"splitt\"; did you mean \"split\"?"),
+    (['{"string": "CAT", "Split": "eval"}'], "did you mean"),
     (['{"string": "CAT"}', '{"string": "cat", "split": "eval"}'], "CAT"),             # in both
     (['{"string": "CAT", "split": "eval"}'], "no training line"),
     ([''], "no training line"),
