@@ -15,7 +15,7 @@ PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": 
 
 
 def table(folder):
-    """One row per task, and per method of the first table: mean ± standard deviation over seeds, of the first and the last evaluation."""
+    """One row per task, and per method of the first table: its first and last evaluation, mean ± standard deviation."""
     rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn "
             "| in the paper: raw / GRPO / CoLLM-CC |", "|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():

@@ -99,7 +99,7 @@ def weights(shape, rank=16):
 def kept_by_a_layer(shape, tokens=128):
     """Bytes per token that autograd keeps for one layer with a LoRA adapter, in bf16 with fp32 adapters as on a GPU.
 
-    There RMSNorms are fused and keep less: 4B 4.9 instead of 5.6 MiB a token in all.
+    There RMSNorms are fused and keep somewhat less (results/NOTES.md).
     """
     from transformers import AutoModelForCausalLM
     from model import LanguageModel
@@ -190,7 +190,7 @@ def measure(arguments):
 
 
 def speed(folder, compiled, prompt=900, answer=512, rows=16):
-    """Milliseconds of a sampled token of two agents, of which reading the weights would take how much, and of updates."""
+    """Print the milliseconds of a sampled token of two agents, how many of them mere reading would take, and of updates."""
     from model import LanguageModel, memory_gb
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm, draw = LanguageModel(folder, device, compiled=compiled), random.Random(0)
@@ -221,9 +221,9 @@ def speed(folder, compiled, prompt=900, answer=512, rows=16):
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = rows * (prompt + 16 + answer / 2) * 2 * config.num_hidden_layers * kv_heads * head
     base = [p for key, p in lm.causal_lm.named_parameters() if "lora_" not in key]
-    weights = sum(p.numel() for p in base if p.ndim == 2 and p.shape != output.shape)  # tied embeddings are looked up
+    inner = sum(p.numel() for p in base if p.ndim == 2 and p.shape != output.shape)  # tied embeddings are looked up
     token = (long - short) / answer
-    read = base[0].itemsize * (weights + output.numel() + cache)
+    read = base[0].itemsize * (inner + output.numel() + cache)
     print(f"{folder} on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}, which copies {bandwidth / 1e6:.0f} "
           f"GB/s\na token of {rows} rows behind {prompt} tokens: {token:.2f} ms; reading the {read / 1e9:.4g} GB of "
           f"weights, keys and values once would take {read / bandwidth / token:.0%} of that\nprompts and 16 tokens: {short:.0f} ms")
@@ -237,7 +237,7 @@ def speed(folder, compiled, prompt=900, answer=512, rows=16):
             spent = milliseconds(update)
         except torch.OutOfMemoryError:
             return print(f"an update of {B} rows: out of memory")
-        work = B * (4 * weights * (prompt + answer) + 4 * output.numel() * answer)
+        work = B * (4 * inner * (prompt + answer) + 4 * output.numel() * answer)
         print(f"an update of {B} rows with {answer} more: {spent:.0f} ms, {work / spent / 1e9:.3g} TFLOP/s, peak so far "
               f"{memory_gb(device):.1f} GiB", flush=True)
 
