@@ -546,18 +546,39 @@ def lora_forward(layer, x):
 
     PEFT can mix adapters in a batch too (adapter_names), but only for inference and with a lookup by name in every
     layer. Here the A of all n adapters are stacked, and of x A^T each row keeps the part of its own adapter. Siblings
-    (layers with the same input x, such as query, key and value) share that product: the first computes it for all.
+    (layers with the same input x, such as query, key and value) are one layer with a block-diagonal B: the first
+    computes the outputs of all. Without gradients A is a part of W, which saves a product.
     """
-    y = layer.base_layer(x.flatten(0, -2))  # (B T, outputs)
+    if layer.stacked_lora is None:
+        return layer.base_layer(x)
     if layer.stacked_lora:
-        A, B, row_mask = layer.stacked_lora  # scale x A (siblings x n x rank, inputs) or None, B (n x rank, outputs)
-        if A is not None:
-            low_rank = F.linear(x, A).unflatten(-1, (-1, len(B)))  # (B, T, siblings, n x rank)
-            if row_mask is not None:  # OPT's MLP reads (B T, inputs)
-                low_rank = low_rank.reshape(len(row_mask), -1, *low_rank.shape[-2:]) * row_mask
-            layer.shared[:] = low_rank.flatten(0, -3).unbind(1)
-        y = y.addmm_(layer.shared.pop(0), B)
-    return y.view(*x.shape[:-1], -1)
+        W, bias, A, B, row_mask, sizes = layer.stacked_lora
+        rows, outputs = x.flatten(0, -2), B.shape[1]
+        y = F.linear(rows, W, bias)  # (B T, outputs [+ n x siblings x rank])
+        y, low_rank = (y[:, :outputs], y[:, outputs:]) if A is None else (y, F.linear(rows, A))
+        if row_mask is not None:  # OPT's MLP reads (B T, inputs)
+            low_rank = low_rank.unflatten(1, (row_mask.shape[2], -1)).unflatten(0, (len(row_mask), -1)) * row_mask
+            low_rank = low_rank.view(len(rows), -1)
+        y = y.addmm_(low_rank, B).view(*x.shape[:-1], -1)
+        # models may change these in place, but not split's
+        layer.shared[:] = y.unsafe_split_with_sizes(sizes, -1) if len(sizes) > 1 else [y]
+    return layer.shared.pop(0)
+
+
+def join_weights(layers):
+    """(W, bias or None, sizes) of siblings as one layer. W ends with rows for their A, the last of the sizes.
+
+    Each W becomes a view of the joined one, so the weights are in memory once.
+    """
+    weights = [layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight for layer in layers]
+    sizes = [*map(len, weights), len(layers) * sum(layers[0].r.values())]
+    W = torch.cat([*weights, weights[0].new_zeros(sizes[-1], weights[0].shape[1])])
+    for layer, view in zip(layers, W.split(sizes)):
+        layer.base_layer.weight = torch.nn.Parameter(view.T if layer.fan_in_fan_out else view, requires_grad=False)
+    biases = [layer.base_layer.bias for layer in layers] + [None]
+    if any(bias is not None for bias in biases):
+        return W, torch.cat([W.new_zeros(n) if bias is None else bias for bias, n in zip(biases, sizes)]), sizes
+    return W, None, sizes
 
 
 def rms_norm_forward(norm, x):
@@ -684,6 +705,8 @@ class LanguageModel:
             layer.forward = (functools.partial(self.merged_forward, layer) if self.can_merge
                              else types.MethodType(lora_forward, layer))
         self.siblings = self.siblings or self.find_siblings()
+        for layers in self.siblings:
+            layers[0].joined = join_weights(layers)
         return parameters
 
     @torch.no_grad()
@@ -788,30 +811,41 @@ class LanguageModel:
         if self.merged_adapters or self.sole_adapter is not None:
             return  # merged_forward looks up what it needs
         names, row_mask, dtype = [name for name, _ in groups if name is not None], None, self.causal_lm.dtype
-        if len(groups) > 1:  # (rows or tokens, 1, 1, n x rank), 1 = the row's own adapter
-            row_mask = torch.block_diag(*(torch.full((rows, self.rank if name else 0), 1.0) for name, rows in groups))
-            row_mask = row_mask.to(self.device, dtype)[:, None, None]
+        if len(groups) > 1:  # (rows or tokens, 1, n, 1), 1 = the row's own adapter
+            row_mask = torch.block_diag(*(torch.ones(rows, int(name is not None)) for name, rows in groups))
+            row_mask = row_mask.to(self.device, dtype)[:, None, :, None]
 
-        def stack(weights, dim):  # in the base's dtype, or autograd would save an fp32 copy of every input
-            return (torch.cat(weights, dim) if len(weights) > 1 else weights[0]).to(dtype)
+        def join(how, weights):
+            return how(weights) if len(weights) > 1 else weights[0]
 
         for layers in self.siblings:
-            A = names and stack([layer.lora_A[name].weight for layer in layers for name in names], 0) * layers[0].scale
             for layer in layers:
-                B = names and stack([layer.lora_B[name].weight for name in names], 1).t()
-                layer.stacked_lora, A = names and (A, B, row_mask), None  # only the first sibling multiplies x by A
+                layer.stacked_lora = () if names else None
+            if not names:
+                continue
+            # in the base's dtype, or autograd would save an fp32 copy of every input
+            A = join(torch.cat, [layer.lora_A[name].weight for name in names for layer in layers]).to(dtype)
+            A = A * layers[0].scale  # (n x siblings x rank, inputs)
+            B = join(torch.cat, [join(lambda blocks: torch.block_diag(*blocks), [
+                layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names])  # (.., outputs)
+            (W, bias, sizes), n = layers[0].joined, B.shape[1]
+            if not torch.is_grad_enabled():
+                W[n:n + len(A)] = A
+                A, n = None, n + len(A)
+            layers[0].stacked_lora = W[:n], bias if bias is None else bias[:n], A, B, row_mask, sizes[:-1]
 
     @torch.no_grad()
     def merge_adapters(self, names=()):
         """Merge each of n adapters into its own copy of W for sampling, if can_merge; without names, unmerge."""
         self.merged_adapters = list(dict.fromkeys(names)) if self.can_merge and None not in names else []
         for layers in self.siblings:
-            bases, layers[0].merged_weights = [layer.base_layer for layer in layers], None
+            layers[0].merged_weights = None
             if self.merged_adapters:
-                W = torch.stack([torch.cat([base.weight + layer.get_delta_weight(name)
-                                            for base, layer in zip(bases, layers)]) for name in self.merged_adapters])
-                biases = [W.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-                layers[0].merged_weights = W, torch.cat(biases), list(map(len, biases))  # W: (n, outputs, inputs)
+                W, bias, sizes = layers[0].joined
+                n = sum(sizes[:-1])
+                merged = torch.stack([W[:n] + torch.cat([layer.get_delta_weight(name) for layer in layers])
+                                      for name in self.merged_adapters])  # (n, outputs, inputs)
+                layers[0].merged_weights = merged, merged.new_zeros(n) if bias is None else bias[:n], sizes[:-1]
 
     def render(self, messages, new_tokens=None):
         """Token ids of a history in the model's chat template, with the generation prompt; thinking is disabled.

@@ -27,6 +27,7 @@ weight, gradient, two moments), and the larger one of
 What a layer keeps is not guessed: a real layer of that width is built and what autograd saves is counted.
 """
 import argparse
+import functools
 import gc
 import json
 import os
@@ -96,10 +97,10 @@ def weights(shape, rank=16):
             sum(rank * (a + b) for a, b in matrices))
 
 
-def kept_by_a_layer(shape, tokens=128):
+def kept_by_a_layer(shape, tokens=127):
     """Bytes per token that autograd keeps for one layer with a LoRA adapter, in bf16 with fp32 adapters as on a GPU.
 
-    There RMSNorms are fused and keep somewhat less (results/NOTES.md).
+    There RMSNorm is one kernel. A CPU has none, so layer norm takes its place: it keeps the same, and a mean.
     """
     from transformers import AutoModelForCausalLM
     from model import LanguageModel
@@ -108,15 +109,18 @@ def kept_by_a_layer(shape, tokens=128):
         lm = LanguageModel.__new__(LanguageModel)
         lm.causal_lm = AutoModelForCausalLM.from_config(config_of(shape, layers, 64), dtype=torch.bfloat16)
         lm.causal_lm.requires_grad_(False)
+        for norm in lm.causal_lm.modules():
+            if hasattr(norm, "variance_epsilon"):
+                norm.forward = functools.partial(torch.nn.functional.layer_norm, normalized_shape=norm.weight.shape,
+                                                 weight=norm.weight)
         lm.peft, lm.rank, lm.siblings, lm.device, lm.end = None, 16, [], "cpu", 0
         lm.merged_adapters, lm.can_merge, lm.target_modules = [], False, "all-linear"
         lm.add_adapter("agent_0")
         lm.set_rows(["agent_0"])
-        fixed = {p.untyped_storage().data_ptr() for p in lm.causal_lm.parameters()}
         saved = {}
 
         def save(x):
-            if x.untyped_storage().data_ptr() not in fixed:
+            if tokens in x.shape:  # weights are not kept for each token
                 saved[x.untyped_storage().data_ptr()] = x.untyped_storage()  # a storage saved twice counts once
             return x
 

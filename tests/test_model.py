@@ -71,9 +71,10 @@ def folder(request, tokenizers, tmp_path_factory):
     return make_folder(CONFIGS[request.param], tmp_path_factory.mktemp(request.param), tokenizers[1])
 
 
-def team(folder, names=("agent_0", "agent_1", "critic")):
+def team(folder, names=("agent_0", "agent_1", "critic"), dtype=torch.float32):
     """A language model with adapters that have moved away from their initial zero."""
     lm = LanguageModel(folder, rank=4)
+    lm.causal_lm.to(dtype)
     torch.manual_seed(1)
     for name in names:
         lm.add_adapter(name)

@@ -186,9 +186,7 @@ def test_checkpointed_gradients_are_the_same_and_layers_really_run_twice(name, l
 @pytest.mark.parametrize("name", ["Qwen3", "gemma-3", "gpt2"])
 def test_a_bf16_base_with_fp32_adapters_as_on_a_gpu(name, llm):
     """Sampled and recomputed log-probabilities agree as far as bf16 goes; adapters and their gradients stay fp32."""
-    lm = team(llm(name), ["agent_0", "agent_1"])
-    for key, p in lm.causal_lm.named_parameters():
-        p.data = p.data if "lora_" in key else p.data.bfloat16()
+    lm = team(llm(name), ["agent_0", "agent_1"], torch.bfloat16)
     lm.can_merge = False
     names, prompts = ["agent_0"] * 3 + ["agent_1"] * 3, prompts_of(lm, 6)
     tokens, logps = lm.generate(names, prompts, uniforms(6, 12))

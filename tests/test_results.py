@@ -93,9 +93,8 @@ def test_memory_by_formula_follows_the_shape(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     import scaling
     narrow, wide = (64, 4, 4, 2, 16, 128, 1000, True), (64, 4, 4, 2, 16, 256, 1000, True)
-    # an MLP 128 wider keeps gate, up, the activation and their product in bf16, and what three adapter matrices have
-    # more (16 x 128 each, in bf16) is shared by 128 tokens
-    assert scaling.kept_by_a_layer(wide) - scaling.kept_by_a_layer(narrow) == 4 * 2 * 128 + 3 * 2 * 16
+    # an MLP 128 wider keeps gate, up, the activation and their product in bf16
+    assert scaling.kept_by_a_layer(wide) - scaling.kept_by_a_layer(narrow) == 4 * 2 * 128
     one, two = scaling.memory(wide, micro_batch=1), scaling.memory(wide, micro_batch=2)
     assert two["update"] == pytest.approx(2 * one["update"]) and one["cache"] == two["cache"]
     assert one["checkpointed"] < one["update"]

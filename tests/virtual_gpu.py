@@ -33,7 +33,9 @@ class GPUTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=META)
+        with torch.inference_mode(False):  # or views of the base's weights could not be written to while sampling
+            self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
+                                                       device=META)
         self.inner = inner.detach()
         return self
 
