@@ -707,6 +707,7 @@ class LanguageModel:
         self.siblings = self.siblings or self.find_siblings()
         for layers in self.siblings:
             layers[0].joined = join_weights(layers)
+        torch.cuda.empty_cache()  # give back the memory of the separate W: a capture of a CUDA graph could not claim it
         return parameters
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The language model and the critic: every log-probability is computed a second time, by plain transformers and PEFT."""
 import contextlib
 import copy
+import itertools
 import os
 import random
 
@@ -443,20 +444,24 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
 @pytest.mark.parametrize("name, first, last", [
     ("qwen3", *2 * [["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]]),
     ("gptj", ["q_proj k_proj v_proj fc_in", "out_proj", "fc_out"],
-     ["q_proj k_proj v_proj", "out_proj", "fc_in", "fc_out"])])  # the last MLP reads less than the last attention
-def test_layers_that_read_the_same_input_share_a_product(name, first, last, tokenizers, tmp_path):
+     ["q_proj k_proj v_proj", "out_proj", "fc_in", "fc_out"]),  # the last MLP reads less than the last attention
+    ("gpt2", *2 * [["c_attn", "c_proj", "c_fc", "c_proj"]])])  # Conv1D: inputs x outputs
+def test_layers_that_read_the_same_input_are_one(name, first, last, tokenizers, tmp_path):
     lm = team(make_folder({**CONFIGS, **PECULIAR}[name], tmp_path / name, tokenizers[1]))
     names = {layer: key.split(".")[-1] for key, layer in lm.causal_lm.named_modules()}
     assert [" ".join(names[layer] for layer in layers) for layers in lm.siblings] == first + last
-    lm.set_rows(["agent_0", "agent_1"])
-    first, second = lm.siblings[0][:2]
-    x = torch.randn(2, 3, first.in_features, generator=torch.Generator().manual_seed(0))
-    outputs = [model.lora_forward(layer, x) for layer in lm.siblings[0]]
-    for layer, y in zip(lm.siblings[0], outputs):  # each layer with the A and B of each row's adapter
-        for b in range(2):
-            A, B = layer.lora_A[f"agent_{b}"].weight, layer.lora_B[f"agent_{b}"].weight
-            assert torch.allclose(y[b], layer.base_layer(x[b]) + layer.scale * x[b] @ A.t() @ B.t(), atol=1e-5)
-    assert not first.shared and first.shared is second.shared  # nothing is kept for longer than needed
+    for gradients, layers in itertools.product((True, False), lm.siblings):
+        x = torch.randn(2, 3, layers[0].in_features, generator=torch.Generator().manual_seed(0))
+        with torch.set_grad_enabled(gradients):  # without, A is in the same matrix as W
+            lm.set_rows(["agent_0", "agent_1"])
+            outputs = [model.lora_forward(layer, x) for layer in layers]
+        for layer, y in zip(layers, outputs):  # each layer with the A and B of each row's adapter
+            for b in range(2):
+                A, B = layer.lora_A[f"agent_{b}"].weight, layer.lora_B[f"agent_{b}"].weight
+                assert torch.allclose(y[b], layer.base_layer(x[b]) + layer.scale * x[b] @ A.t() @ B.t(), atol=1e-5)
+        assert layers[0].shared is layers[-1].shared and not layers[0].shared  # nothing is kept for longer than needed
+        memory = {layer.base_layer.weight.untyped_storage().data_ptr() for layer in layers}
+        assert memory == {layers[0].joined[0].untyped_storage().data_ptr()}  # the weights are there once
 
 
 def test_a_saved_adapter_comes_back(folder, tmp_path):
