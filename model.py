@@ -555,12 +555,12 @@ def lora_forward(layer, x):
         W, bias, A, B, row_mask, sizes = layer.stacked_lora
         rows, outputs = x.flatten(0, -2), B.shape[1]
         y = F.linear(rows, W, bias)  # (B T, outputs [+ n x siblings x rank])
-        y, low_rank = (y[:, :outputs], y[:, outputs:]) if A is None else (y, F.linear(rows, A))
+        y, low_rank = (y[:, :outputs], y[:, outputs:outputs + len(B)]) if A is None else (y, F.linear(rows, A))
         if row_mask is not None:  # OPT's MLP reads (B T, inputs)
             low_rank = low_rank.unflatten(1, (row_mask.shape[2], -1)).unflatten(0, (len(row_mask), -1)) * row_mask
             low_rank = low_rank.view(len(rows), -1)
         y = y.addmm_(low_rank, B).view(*x.shape[:-1], -1)
-        # models may change these in place, but not split's
+        # "unsafe", because a model may change its part in place, which autograd forbids for those of split
         layer.shared[:] = y.unsafe_split_with_sizes(sizes, -1) if len(sizes) > 1 else [y]
     return layer.shared.pop(0)
 
@@ -568,10 +568,10 @@ def lora_forward(layer, x):
 def join_weights(layers):
     """(W, bias or None, sizes) of siblings as one layer. W ends with rows for their A, the last of the sizes.
 
-    Each W becomes a view of the joined one, so the weights are in memory once.
+    Each W becomes a view of the joined one, so the weights are in memory once (twice if two layers had shared them).
     """
     weights = [layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight for layer in layers]
-    sizes = [*map(len, weights), len(layers) * sum(layers[0].r.values())]
+    sizes = [*map(len, weights), round_up(len(layers) * sum(layers[0].r.values()))]
     W = torch.cat([*weights, weights[0].new_zeros(sizes[-1], weights[0].shape[1])])
     for layer, view in zip(layers, W.split(sizes)):
         layer.base_layer.weight = torch.nn.Parameter(view.T if layer.fan_in_fan_out else view, requires_grad=False)
@@ -742,7 +742,7 @@ class LanguageModel:
                                  f"{self.folder} as it is now.")
 
     def self_test(self):
-        """Raise InputError unless sampling, updates and a plain forward agree on log-probabilities.
+        """Raise InputError unless sampling, updates and PEFT's own forward agree on log-probabilities.
 
         An unusual architecture (a layer before the LM head, its own kind of attention, ...) may break an assumption of
         the fast paths, which would then silently compute wrong numbers.
@@ -759,13 +759,16 @@ class LanguageModel:
                 tokens, sampled = self.generate(names, prompts, uniforms, 1.0, 1.0, range(4), prompt_cache)
                 recomputed, _ = self.logprobs(names, prompts, tokens)
                 recomputed.sum().backward()
-                plain = []
+                plain, forwards = [], [vars(layer).pop("forward") for layer in self.lora_layers()]  # now PEFT's own
                 for name, prompt, answer in zip(names, prompts, tokens):
                     self.set_rows([name])
+                    self.peft.set_adapter(name)
                     with torch.no_grad():
                         ids = long_tensor([prompt + answer], self.device)
                         logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1]
                     plain.append(logits.float().log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0])
+                for layer, forward in zip(self.lora_layers(), forwards):
+                    layer.forward = forward
                 plain, sampled = torch.cat(plain), torch.tensor(sum(sampled, []), device=self.device)
                 error = (torch.stack([sampled, recomputed]) - plain).abs().mean(1).max().item()  # NaN if any is
                 if not error < (0.01 if self.causal_lm.dtype == torch.float32 else 0.2):
@@ -774,6 +777,8 @@ class LanguageModel:
         except Exception as error:  # an unsupported model can fail in any way
             raise InputError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{first_line(error)}") from None
+        for layers in self.siblings:  # LoRA layers refer to themselves: their memory would wait for a garbage collection
+            layers[0].joined = layers[0].stacked_lora = None
         self.peft.unload()
         self.peft, self.siblings, self.traced_steps, self.compiled, self.end = None, [], {}, compiled, end
 
@@ -803,7 +808,8 @@ class LanguageModel:
         """Set the adapter of each row (or token of a packed row) of the following forwards; None: the base alone.
 
         wanted: indices into the flattened tokens of all rows whose hidden states are output, or None for all. Both stay
-        set until the next call, because gradient checkpointing repeats forwards.
+        set until the next call, because gradient checkpointing repeats forwards. Without gradients A is written into W,
+        so a backward must come before that.
         """
         self.groups = groups = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
         self.sole_adapter = groups[0][0] if self.can_merge and len(groups) == 1 else None
@@ -832,7 +838,7 @@ class LanguageModel:
             (W, bias, sizes), n = layers[0].joined, B.shape[1]
             if not torch.is_grad_enabled():
                 W[n:n + len(A)] = A
-                A, n = None, n + len(A)
+                A, n = None, n + round_up(len(A))
             layers[0].stacked_lora = W[:n], bias if bias is None else bias[:n], A, B, row_mask, sizes[:-1]
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The language model and the critic: every log-probability is computed a second time, by plain transformers and PEFT."""
 import contextlib
 import copy
+import gc
 import itertools
 import os
 import random
@@ -19,7 +20,7 @@ import model
 from critic import Critic, baselines, critic_messages, explained_variance, explained_variance_stats, td_targets
 from model import (LanguageModel, Packed, build_tiny, fuse_rms_norms, jit_trace, micro_batches, padded, rows_to_keep,
                    tiny_tokenizer, train_bpe)
-from tasks import Episode, Outcome, Turn, get_task
+from tasks import Episode, InputError, Outcome, Turn, get_task
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)
 CONFIGS = {"neox": lambda **ids: GPTNeoXConfig(**SHAPE, **ids), "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids),
@@ -454,6 +455,7 @@ def test_layers_that_read_the_same_input_are_one(name, first, last, tokenizers, 
         x = torch.randn(2, 3, layers[0].in_features, generator=torch.Generator().manual_seed(0))
         with torch.set_grad_enabled(gradients):  # without, A is in the same matrix as W
             lm.set_rows(["agent_0", "agent_1"])
+            assert (layers[0].stacked_lora[2] is None) != gradients
             outputs = [model.lora_forward(layer, x) for layer in layers]
         for layer, y in zip(layers, outputs):  # each layer with the A and B of each row's adapter
             for b in range(2):
@@ -462,6 +464,41 @@ def test_layers_that_read_the_same_input_are_one(name, first, last, tokenizers, 
         assert layers[0].shared is layers[-1].shared and not layers[0].shared  # nothing is kept for longer than needed
         memory = {layer.base_layer.weight.untyped_storage().data_ptr() for layer in layers}
         assert memory == {layers[0].joined[0].untyped_storage().data_ptr()}  # the weights are there once
+        lm.set_rows([None])
+        assert all(torch.equal(model.lora_forward(layer, x), layer.base_layer(x)) for layer in layers)
+
+
+def test_the_base_stays_in_memory_once(tokenizers, tmp_path):
+    lm = LanguageModel(make_folder(lambda **ids: LlamaConfig(**SHAPE | dict(hidden_size=256), **ids), tmp_path / "wide", tokenizers[1]))
+
+    def memory():
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
+                    if type(x) in (torch.Tensor, torch.nn.Parameter)}.values())
+
+    gc.collect()
+    gc.disable()  # in a run there may be no collection for hours
+    before, base = memory(), sum(p.nbytes for p in lm.causal_lm.parameters())
+    lm.can_merge = False
+    lm.self_test()
+    adapters = [p for name in ("agent_0", "agent_1") for p in lm.add_adapter(name)]
+    lm.generate(["agent_0"], [[5, 6]], uniforms(1, 2))
+    grown = memory() - before
+    gc.enable()
+    assert grown < base / 3 + 3 * sum(p.nbytes for p in adapters)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_layer_that_is_more_than_its_weights_is_refused(merged, tokenizers, tmp_path):
+    class Rounding(torch.nn.Linear):  # as BitNet's
+        def forward(self, x):
+            return super().forward(x.round())
+
+    lm = LanguageModel(make_folder(CONFIGS["llama"], tmp_path / "llama", tokenizers[1]))
+    lm.can_merge = merged
+    lm.self_test()
+    lm.causal_lm.model.layers[0].self_attn.v_proj.__class__ = Rounding
+    with pytest.raises(InputError, match="log-probabilities differ"):
+        lm.self_test()
 
 
 def test_a_saved_adapter_comes_back(folder, tmp_path):
