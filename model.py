@@ -476,7 +476,7 @@ def jit_trace(step, state):
 
 
 def round_up(slots):
-    """slots, rounded up to a multiple of 8: attention kernels want aligned key lengths."""
+    """slots, rounded up to a multiple of 8: kernels want aligned key lengths and rows."""
     return -(-slots // 8) * 8
 
 
@@ -822,8 +822,11 @@ class LanguageModel:
             row_mask = torch.block_diag(*(torch.ones(rows, int(name is not None)) for name, rows in groups))
             row_mask = row_mask.to(self.device, dtype)[:, None, :, None]
 
-        def join(how, weights):
+        def join(how, weights):  # what is alone need not be copied
             return how(weights) if len(weights) > 1 else weights[0]
+
+        def block_diag(blocks):
+            return torch.block_diag(*blocks)
 
         for layers in self.siblings:
             for layer in layers:
@@ -833,8 +836,8 @@ class LanguageModel:
             # in the base's dtype, or autograd would save an fp32 copy of every input
             A = join(torch.cat, [layer.lora_A[name].weight for name in names for layer in layers]).to(dtype)
             A = A * layers[0].scale  # (n x siblings x rank, inputs)
-            B = join(torch.cat, [join(lambda blocks: torch.block_diag(*blocks), [
-                layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names])  # (.., outputs)
+            B = [join(block_diag, [layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names]
+            B = join(torch.cat, B)  # (n x siblings x rank, outputs)
             (W, bias, sizes), n = layers[0].joined, B.shape[1]
             if not torch.is_grad_enabled():
                 W[n:n + len(A)] = A
