@@ -463,14 +463,17 @@ AttentionInterface.register("packed", Packed.attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def jit_trace(step, state):
-    """step traced to TorchScript, which runs without Python; step itself if its control flow depends on data."""
+def jit_trace(step, state, lora):
+    """step traced to TorchScript, which runs without Python; step itself if its control flow depends on data.
+
+    state: its first arguments, which it changes in place (a copy is traced); lora: the others.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torch.compile, which takes minutes on a CPU
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.TracerWarning.ignore_lib_warnings()  # those from PyTorch's own code are harmless
         try:
-            return torch.jit.trace(step, tuple(x.clone() for x in state), check_trace=False)
+            return torch.jit.trace(step, (*(x.clone() for x in state), *lora), check_trace=False)
         except Exception:  # whatever the model's code makes tracing raise; a real error recurs when step runs
             return step
 
@@ -505,40 +508,31 @@ def sample(logits, uniforms, temperature, top_p):
     return token[..., 0], logp.gather(-1, token)[..., 0]
 
 
-def rows_to_keep(unfinished, groups):
-    """Indices of the rows that stay in the batch: unfinished ones, plus finished ones that keep all groups equal.
-
-    unfinished: (R,), `groups` equally large groups, one after another, before and after: [True, False, False, True]
-    gives [0, 3] in one or two groups; [True, True, False, True] gives [0, 1, 3] in one and [0, 1, 3, 2] in two. If that
-    takes 1.4 times the unfinished rows, only these stay: [True, True, False, False] gives [0, 1] in two groups, too.
-    """
-    per_group = unfinished.view(groups, -1)
-    keep = per_group.int().argsort(dim=1, descending=True, stable=True)[:, :per_group.sum(1).max()]
-    keep = (keep + per_group.shape[1] * torch.arange(groups)[:, None]).flatten()
-    return keep if len(keep) < 1.4 * unfinished.sum() else unfinished.nonzero()[:, 0]
-
-
 class MergedLinear(torch.autograd.Function):
-    """x (W + scale B A)^T + bias: one matrix product forward and one backward, for models whose W is cheap to copy.
+    """x (W + B A)^T + bias, split into the outputs of siblings, for models whose W is cheap to copy.
 
-    The gradients of A and B still go through rank r; x A^T is recomputed in backward instead of being saved.
+    It saves two products with A and B. Their gradients still go through rank r; x A^T is recomputed in backward.
     """
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, scale):
-        merged = torch.addmm(W, B, A, alpha=scale)
+    def forward(ctx, x, W, bias, A, B, sizes):
+        merged = torch.addmm(W, B.t(), A)
         ctx.save_for_backward(x, merged, A, B)
-        ctx.scale = scale
-        return F.linear(x, merged, bias)
+        return F.linear(x, merged, bias).unsafe_split_with_sizes(sizes, -1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, merged, A, B = ctx.saved_tensors
-        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)  # (rows x T, inputs), (rows x T, outputs)
-        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
-        grad_A = ctx.scale * ((grads @ B).t() @ rows)
-        grad_B = (ctx.scale * (F.linear(rows, A).t() @ grads)).t()  # 20% faster than the untransposed product
-        return grad_x, None, None, grad_A, grad_B, None
+        rows, grads = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]  # (B T, inputs), (B T, outputs)
+        grad_x, grad_A, grad_B = None, torch.empty_like(A), torch.zeros_like(B)
+        low_rank, start, rank = F.linear(rows, A).t(), 0, len(A) // len(grads)
+        for k, grad in enumerate(grads):
+            own, outputs = slice(k * rank, (k + 1) * rank), slice(start, start := start + grad.shape[1])
+            if ctx.needs_input_grad[0]:
+                grad_x = grad @ merged[outputs] if grad_x is None else grad_x.addmm_(grad, merged[outputs])
+            grad_A[own] = (grad @ B[own, outputs].t()).t() @ rows
+            grad_B[own, outputs] = low_rank[own] @ grad
+        return None if grad_x is None else grad_x.view_as(x), None, None, grad_A, grad_B, None
 
 
 def lora_forward(layer, x):
@@ -547,21 +541,28 @@ def lora_forward(layer, x):
     PEFT can mix adapters in a batch too (adapter_names), but only for inference and with a lookup by name in every
     layer. Here the A of all n adapters are stacked, and of x A^T each row keeps the part of its own adapter. Siblings
     (layers with the same input x, such as query, key and value) are one layer with a block-diagonal B: the first
-    computes the outputs of all. Without gradients A is a part of W, which saves a product.
+    computes the outputs of all. Without gradients A is a part of W, which saves a product; or, for a small model whose
+    adapters have equally many rows, each adapter has its own W + scale B A.
     """
     if layer.stacked_lora is None:
         return layer.base_layer(x)
     if layer.stacked_lora:
-        W, bias, A, B, row_mask, sizes = layer.stacked_lora
-        rows, outputs = x.flatten(0, -2), B.shape[1]
-        y = F.linear(rows, W, bias)  # (B T, outputs [+ n x siblings x rank])
-        y, low_rank = (y[:, :outputs], y[:, outputs:outputs + len(B)]) if A is None else (y, F.linear(rows, A))
-        if row_mask is not None:  # OPT's MLP reads (B T, inputs)
-            low_rank = low_rank.unflatten(1, (row_mask.shape[2], -1)).unflatten(0, (len(row_mask), -1)) * row_mask
-            low_rank = low_rank.view(len(rows), -1)
-        y = y.addmm_(low_rank, B).view(*x.shape[:-1], -1)
-        # "unsafe", because a model may change its part in place, which autograd forbids for those of split
-        layer.shared[:] = y.unsafe_split_with_sizes(sizes, -1) if len(sizes) > 1 else [y]
+        W, bias, A, B, row_mask, sizes, can_merge = layer.stacked_lora
+        if B is None:  # merged: W is (n, outputs, inputs)
+            bias = W.new_zeros(1) if bias is None else bias
+            y = torch.baddbmm(bias, x.reshape(W.shape[0], -1, W.shape[2]), W.mT).view(*x.shape[:-1], -1)
+            layer.shared[:] = y.split(sizes, -1)
+        elif can_merge and A is not None and row_mask is None:
+            layer.shared[:] = MergedLinear.apply(x, W, bias, A, B, sizes)
+        else:
+            rows, (width, outputs) = x.flatten(0, -2), B.shape
+            y = F.linear(rows, W, bias)  # (B T, outputs [+ n x siblings x rank])
+            y, low_rank = (y[:, :outputs], y[:, outputs:outputs + width]) if A is None else (y, F.linear(rows, A))
+            if row_mask is not None:  # OPT's MLP reads (B T, inputs)
+                low_rank = (low_rank.view(row_mask.shape[0], -1, row_mask.shape[2]) * row_mask).flatten(0, 1)
+            y = y.addmm_(low_rank, B).view(*x.shape[:-1], -1)
+            # "unsafe", because a model may change its part in place, which autograd forbids for those of split
+            layer.shared[:] = y.unsafe_split_with_sizes(sizes, -1) if len(sizes) > 1 else [y]
     return layer.shared.pop(0)
 
 
@@ -603,8 +604,8 @@ class LanguageModel:
 
         prefill; updates on a CPU               Packed: one row without padding, shared prefixes once
         updates on a GPU                        padded rows, which flash attention reads faster
-        decoding                                sample_in_place: KV cache updated in place, on a GPU a CUDA graph
-        decoding with a small base in float32   merge_adapters: W + scale B A per adapter; traced decode steps
+        decoding                                sample_in_place: KV cache updated in place; a CUDA graph or traced steps
+        a small base in float32                 an own W + scale B A for each adapter (set_rows, MergedLinear)
         several answers to one prompt           one row of the batch, which decodes a token of each per step
         models that cannot pack (can_pack)      sample_dynamic: padded rows, transformers' own masks and DynamicCache
     """
@@ -640,10 +641,10 @@ class LanguageModel:
             "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"))
         self.logit_scale = (factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0)  # Granite, Cohere, Falcon; Gemma 2
         self.siblings = []  # lists of LoRA layers with the same input
-        self.merged_adapters = []  # adapters that are merged with the base while sampling
         params = list(self.causal_lm.parameters())
         self.can_merge = sum(p.numel() for p in params) < 2e7 and params[0].dtype == torch.float32  # W is cheap to copy
-        probe = torch.cat([p.flatten()[:64] for p in params])  # as bf16: the same for any dtype the base is loaded in
+        probe = torch.cat([p.flatten()[:64] for p in params])
+        # as bf16: the same for any dtype the base is loaded in
         self.fingerprint = zlib.crc32(probe.bfloat16().cpu().view(torch.int16).numpy().tobytes())
         self.set_rows([None])  # no adapter by default
         self.attention_layers = [m for m in self.causal_lm.modules() if getattr(m, "layer_idx", None) is not None]
@@ -698,12 +699,10 @@ class LanguageModel:
         for p in parameters:
             p.requires_grad_(True)
             p.data = p.data.float()
-        self.can_merge &= all(isinstance(m.base_layer, torch.nn.Linear) for m in self.lora_layers())  # no Conv1D
         for layer in self.lora_layers():
             layer.scale, layer.stacked_lora = layer.scaling[name], None  # the scale is the same for all
             # torch.compile reuses a bound method's code for all layers but recompiles a partial for each (8 at most)
-            layer.forward = (functools.partial(self.merged_forward, layer) if self.can_merge
-                             else types.MethodType(lora_forward, layer))
+            layer.forward = types.MethodType(lora_forward, layer)
         self.siblings = self.siblings or self.find_siblings()
         for layers in self.siblings:
             layers[0].joined = join_weights(layers)
@@ -725,7 +724,7 @@ class LanguageModel:
         for layers in found:
             shared = []
             for layer in layers:
-                layer.shared, layer.merged_weights = shared, None
+                layer.shared = shared
         return found
 
     def check_base(self, folder):
@@ -777,7 +776,7 @@ class LanguageModel:
         except Exception as error:  # an unsupported model can fail in any way
             raise InputError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{first_line(error)}") from None
-        for layers in self.siblings:  # LoRA layers refer to themselves: their memory would wait for a garbage collection
+        for layers in self.siblings:  # LoRA layers refer to themselves: their memory would wait for garbage collection
             layers[0].joined = layers[0].stacked_lora = None
         self.peft.unload()
         self.peft, self.siblings, self.traced_steps, self.compiled, self.end = None, [], {}, compiled, end
@@ -785,42 +784,17 @@ class LanguageModel:
     def lora_layers(self):
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
 
-    def merged_forward(self, layer, x):
-        """lora_forward for models whose W is cheap to copy: one merged matrix W + scale B A instead of three."""
-        if not self.merged_adapters and self.sole_adapter is None:
-            return lora_forward(layer, x)
-        if not self.merged_adapters:
-            A, B = layer.lora_A[self.sole_adapter].weight, layer.lora_B[self.sole_adapter].weight
-            return MergedLinear.apply(x, layer.base_layer.weight, layer.base_layer.bias, A, B, layer.scale)
-        if layer.merged_weights:  # the first of the siblings, which computes the outputs of all
-            W, bias, sizes = layer.merged_weights
-            rows, counts = x.flatten(0, -2), [rows for _, rows in self.groups]
-            if self.num_equal_groups == len(self.merged_adapters):
-                y = torch.baddbmm(bias, rows.view(self.num_equal_groups, -1, rows.shape[-1]), W.mT)
-            else:
-                parts = rows.split([n * len(rows) // sum(counts) for n in counts])
-                y = torch.cat([F.linear(part, W[self.merged_adapters.index(name)], bias)
-                               for (name, _), part in zip(self.groups, parts)])
-            layer.shared[:] = y.view(*x.shape[:-1], -1).split(sizes, -1)
-        return layer.shared.pop(0)
-
     def set_rows(self, names, wanted=None):
         """Set the adapter of each row (or token of a packed row) of the following forwards; None: the base alone.
 
         wanted: indices into the flattened tokens of all rows whose hidden states are output, or None for all. Both stay
         set until the next call, because gradient checkpointing repeats forwards. Without gradients A is written into W,
-        so a backward must come before that.
+        so a backward must come before that. Returns the tensors that lora_forward will use, in the layers' order.
         """
         self.groups = groups = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
-        self.sole_adapter = groups[0][0] if self.can_merge and len(groups) == 1 else None
-        self.num_equal_groups = len(groups) if len({rows for _, rows in groups}) == 1 else 1  # 1 if sizes differ
-        self.wanted = wanted
-        if self.merged_adapters or self.sole_adapter is not None:
-            return  # merged_forward looks up what it needs
-        names, row_mask, dtype = [name for name, _ in groups if name is not None], None, self.causal_lm.dtype
-        if len(groups) > 1:  # (rows or tokens, 1, n, 1), 1 = the row's own adapter
-            row_mask = torch.block_diag(*(torch.ones(rows, int(name is not None)) for name, rows in groups))
-            row_mask = row_mask.to(self.device, dtype)[:, None, :, None]
+        self.wanted, dtype = wanted, self.causal_lm.dtype
+        names = [name for name, _ in groups if name is not None]
+        equal = len(names) == len(groups) and len({rows for _, rows in groups}) == 1  # each adapter has as many rows
 
         def join(how, weights):  # what is alone need not be copied
             return how(weights) if len(weights) > 1 else weights[0]
@@ -828,6 +802,12 @@ class LanguageModel:
         def block_diag(blocks):
             return torch.block_diag(*blocks)
 
+        @functools.cache
+        def row_mask(width):  # (rows or tokens, 1, n x width), 1 = the row's own adapter; None if there is one for all
+            blocks = [torch.ones(rows, 0 if name is None else width) for name, rows in groups]
+            return torch.block_diag(*blocks).to(self.device, dtype)[:, None] if len(groups) > 1 else None
+
+        tensors = []
         for layers in self.siblings:
             for layer in layers:
                 layer.stacked_lora = () if names else None
@@ -838,24 +818,20 @@ class LanguageModel:
             A = A * layers[0].scale  # (n x siblings x rank, inputs)
             B = [join(block_diag, [layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names]
             B = join(torch.cat, B)  # (n x siblings x rank, outputs)
-            (W, bias, sizes), n = layers[0].joined, B.shape[1]
-            if not torch.is_grad_enabled():
+            W, bias, sizes = layers[0].joined
+            n, mask = sum(sizes[:-1]), row_mask(len(B) // len(names))
+            if torch.is_grad_enabled():
+                W = W[:n]
+            elif equal and self.can_merge:
+                B, A = (x.unflatten(0, (len(names), -1)) for x in (B, A))
+                W, A, B, mask = torch.baddbmm(W[:n], B.mT, A), None, None, None  # (n, outputs, inputs)
+            else:
                 W[n:n + len(A)] = A
-                A, n = None, n + round_up(len(A))
-            layers[0].stacked_lora = W[:n], bias if bias is None else bias[:n], A, B, row_mask, sizes[:-1]
-
-    @torch.no_grad()
-    def merge_adapters(self, names=()):
-        """Merge each of n adapters into its own copy of W for sampling, if can_merge; without names, unmerge."""
-        self.merged_adapters = list(dict.fromkeys(names)) if self.can_merge and None not in names else []
-        for layers in self.siblings:
-            layers[0].merged_weights = None
-            if self.merged_adapters:
-                W, bias, sizes = layers[0].joined
-                n = sum(sizes[:-1])
-                merged = torch.stack([W[:n] + torch.cat([layer.get_delta_weight(name) for layer in layers])
-                                      for name in self.merged_adapters])  # (n, outputs, inputs)
-                layers[0].merged_weights = merged, merged.new_zeros(n) if bias is None else bias[:n], sizes[:-1]
+                W, A = W[:n + round_up(len(A))], None
+            bias = None if bias is None else bias[:W.shape[-2]]
+            layers[0].stacked_lora = W, bias, A, B, mask, sizes[:-1], self.can_merge
+            tensors += filter(torch.is_tensor, layers[0].stacked_lora)
+        return tensors
 
     def render(self, messages, new_tokens=None):
         """Token ids of a history in the model's chat template, with the generation prompt; thinking is disabled.
@@ -896,7 +872,6 @@ class LanguageModel:
         mask = padded([[1] * len(p) for p in prompts], 0, self.device, left=True).bool()  # (B / G, P), 1 = not padding
         tokens = torch.full(uniforms.shape, -1, device=self.device)  # -1 = not sampled
         logps = torch.zeros(uniforms.shape, device=self.device)
-        self.merge_adapters(names)
         if self.can_pack:
             num_slots = round_up(mask.shape[1] + G * min(uniforms.shape[1], math.inf if self.static_cache else 64))
             row_ids = [row_ids[k:k + G] for k in range(0, len(row_ids), G)]  # for each prompt those of its G answers
@@ -907,7 +882,6 @@ class LanguageModel:
             self.sample_in_place(names, kv_cache, mask, ids, uniforms, tokens, logps, temperature, top_p)
         else:
             self.sample_dynamic(names, prompts, mask, uniforms, tokens, logps, temperature, top_p)
-        self.merge_adapters()
         lengths = (tokens >= 0).sum(1).tolist()
         return tuple([row[:n] for row, n in zip(rows.tolist(), lengths)] for rows in (tokens, logps))
 
@@ -933,10 +907,10 @@ class LanguageModel:
 
         Launching hundreds of small kernels per token from Python takes longer than running them. On a GPU a CUDA graph
         launches them at once; finished rows stay in the batch, because the weights are read once for all rows. On a CPU
-        the steps of a small model are traced once for all calls, and finished rows are dropped.
+        steps are traced once for all calls, and finished rows are dropped.
         kv_cache: see prefill; mask: (R, P); ids: (R, G); uniforms, tokens, logps: (R x G, max_new_tokens).
         """
-        self.set_rows(names)
+        lora = self.set_rows(names)
         (R, G), P, T, device = ids.shape, mask.shape[1], uniforms.shape[1], ids.device
         L = round_up(P + G * T)
         slots, cache_position = torch.arange(L, device=device), torch.arange(P, P + G, device=device)
@@ -945,13 +919,14 @@ class LanguageModel:
         answer = torch.arange(R * G, device=device).view(R, G)  # index of each answer in tokens and logps
         last = (mask.sum(1, keepdim=True) - 1).expand(-1, G)  # position of each prompt's last token
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end  # (R, G), 1 = has not ended
-        weights = [layers[0].merged_weights[0] for layers in self.siblings if self.merged_adapters]
 
         def step(slots, t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *tensors):
             for module in self.attention_layers:
                 module.in_place_kv = *tensors[2 * module.layer_idx:][:2], cache_position
-            for layers, W in zip(self.siblings, tensors[len(kv_cache):]):
-                layers[0].merged_weights = W, *layers[0].merged_weights[1:]
+            of_layers = iter(tensors[len(kv_cache):])  # inputs, not constants of the trace
+            for layers in self.siblings:
+                layers[0].stacked_lora = layers[0].stacked_lora and [
+                    next(of_layers) if torch.is_tensor(x) else x for x in layers[0].stacked_lora]
             attend = visible[:, :, :slots.shape[0]] & (slots <= cache_position[-1])
             # additive here, or every layer would convert the boolean mask again
             attention_mask = torch.zeros_like(attend, dtype=self.causal_lm.dtype).masked_fill_(~attend, -math.inf)
@@ -977,27 +952,25 @@ class LanguageModel:
                 if not unfinished.any():
                     break
                 if not self.static_cache and unfinished.float().mean() < 0.7:  # copying for every single row costs more
-                    keep = rows_to_keep(unfinished, self.num_equal_groups)
+                    keep = unfinished.nonzero()[:, 0]
                     answer, ids, last, alive, visible, *kv_cache = (
                         x.index_select(0, keep) for x in (answer, ids, last, alive, visible, *kv_cache))
                     names = [names[row] for row in keep.tolist()]
-                    self.set_rows(names)
-                    run_step = step
+                    lora = self.set_rows(names)
             K = L if self.static_cache else round_up(P + G * k)
             if kv_cache[0].shape[2] < K:
                 kv_cache = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - x.shape[2])) for x in kv_cache]
-            state = (slots[:K], t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible,
-                     *kv_cache, *weights)
-            if self.num_equal_groups == len(self.merged_adapters) and not self.static_cache:
-                constants = G, self.num_equal_groups, temperature, top_p  # the Python values that a trace contains
+            state = slots[:K], t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *kv_cache
+            if not self.static_cache:
+                constants = G, tuple(x.dim() for x in lora), temperature, top_p  # what a trace depends on
                 if constants not in self.traced_steps:
-                    self.traced_steps[constants] = jit_trace(step, state)
+                    self.traced_steps[constants] = jit_trace(step, state, lora)
                 run_step = self.traced_steps[constants]
-            run_step(*state)
+            run_step(*state, *lora)
             if k == 1 and ids.is_cuda:  # the first step, outside the graph, was also the warm-up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    step(*state)
+                    step(*state, *lora)
                 run_step = lambda *_: graph.replay()
         for module in self.attention_layers:
             module.in_place_kv = None

@@ -114,7 +114,7 @@ def kept_by_a_layer(shape, tokens=127):
                 norm.forward = functools.partial(torch.nn.functional.layer_norm, normalized_shape=norm.weight.shape,
                                                  weight=norm.weight)
         lm.peft, lm.rank, lm.siblings, lm.device, lm.end = None, 16, [], "cpu", 0
-        lm.merged_adapters, lm.can_merge, lm.target_modules = [], False, "all-linear"
+        lm.can_merge, lm.target_modules = False, "all-linear"
         lm.add_adapter("agent_0")
         lm.set_rows(["agent_0"])
         saved = {}
