@@ -466,7 +466,8 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 def jit_trace(step, state, lora):
     """step traced to TorchScript, which runs without Python; step itself if its control flow depends on data.
 
-    state: its first arguments, which it changes in place (a copy is traced); lora: the others.
+    state: its first arguments, which it changes in place (a copy is traced). lora: the others, tensors that the layers
+    hold: as arguments they are inputs of the trace, wherever step gets them from; otherwise they would be constants.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torch.compile, which takes minutes on a CPU
@@ -509,9 +510,10 @@ def sample(logits, uniforms, temperature, top_p):
 
 
 class MergedLinear(torch.autograd.Function):
-    """x (W + B A)^T + bias, split into the outputs of siblings, for models whose W is cheap to copy.
+    """x (W + B^T A)^T + bias, split into the outputs of siblings, where W is cheap to copy: A and B as in lora_forward.
 
-    It saves two products with A and B. Their gradients still go through rank r; x A^T is recomputed in backward.
+    Adding them to W saves (x A^T) B and its part of x's gradient. Their own gradients still go through rank r; x A^T is
+    recomputed in backward.
     """
 
     @staticmethod
@@ -524,7 +526,7 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, merged, A, B = ctx.saved_tensors
         rows, grads = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]  # (B T, inputs), (B T, outputs)
-        grad_x, grad_A, grad_B = None, torch.empty_like(A), torch.zeros_like(B)
+        grad_x, grad_A, grad_B = None, torch.empty_like(A), torch.empty_like(B)  # of B, the blocks on the diagonal
         low_rank, start, rank = F.linear(rows, A).t(), 0, len(A) // len(grads)
         for k, grad in enumerate(grads):
             own, outputs = slice(k * rank, (k + 1) * rank), slice(start, start := start + grad.shape[1])
@@ -539,20 +541,21 @@ def lora_forward(layer, x):
     """y = x W^T + scale (x A^T) B^T, where every row of x has its own adapter's A and B; x: (B, T, inputs).
 
     PEFT can mix adapters in a batch too (adapter_names), but only for inference and with a lookup by name in every
-    layer. Here the A of all n adapters are stacked, and of x A^T each row keeps the part of its own adapter. Siblings
-    (layers with the same input x, such as query, key and value) are one layer with a block-diagonal B: the first
-    computes the outputs of all. Without gradients A is a part of W, which saves a product; or, for a small model whose
-    adapters have equally many rows, each adapter has its own W + scale B A.
+    layer. Here the A of all n adapters are stacked, times their scale, and of x A^T each row keeps the part of its own
+    adapter; B is stacked alike, transposed. Siblings (layers with the same input x, such as query, key and value) are
+    one layer with a block-diagonal B: the first computes the outputs of all. Without gradients A is a part of W, which
+    saves a product. Where W is cheap to copy, a single adapter is added to it, with gradients (MergedLinear) and
+    without; so are several, each to its own copy, if they have equally many rows and no gradients are needed.
     """
     if layer.stacked_lora is None:
         return layer.base_layer(x)
     if layer.stacked_lora:
-        W, bias, A, B, row_mask, sizes, can_merge = layer.stacked_lora
-        if B is None:  # merged: W is (n, outputs, inputs)
+        W, bias, A, B, row_mask, sizes, merge = layer.stacked_lora
+        if B is None:  # merged already: W is (n, outputs, inputs)
             bias = W.new_zeros(1) if bias is None else bias
             y = torch.baddbmm(bias, x.reshape(W.shape[0], -1, W.shape[2]), W.mT).view(*x.shape[:-1], -1)
             layer.shared[:] = y.split(sizes, -1)
-        elif can_merge and A is not None and row_mask is None:
+        elif merge:
             layer.shared[:] = MergedLinear.apply(x, W, bias, A, B, sizes)
         else:
             rows, (width, outputs) = x.flatten(0, -2), B.shape
@@ -599,13 +602,13 @@ def fuse_rms_norms(causal_lm):
 class LanguageModel:
     """A frozen causal LM and its tokenizer, with any number of LoRA adapters.
 
-    generate, hidden and logprobs take `names`, the adapter of each row (PEFT's adapter_names), or None for the base
+    generate, hidden and logprobs take `names`, the adapter of each row (PEFT's adapter_names), or all None for the base
     alone; rows of one adapter must be adjacent. The same numbers are computed in whichever way is fastest:
 
         prefill; updates on a CPU               Packed: one row without padding, shared prefixes once
         updates on a GPU                        padded rows, which flash attention reads faster
         decoding                                sample_in_place: KV cache updated in place; a CUDA graph or traced steps
-        a small base in float32                 an own W + scale B A for each adapter (set_rows, MergedLinear)
+        a small base in float32                 adapters merged into copies of W (lora_forward)
         several answers to one prompt           one row of the batch, which decodes a token of each per step
         models that cannot pack (can_pack)      sample_dynamic: padded rows, transformers' own masks and DynamicCache
     """
@@ -785,7 +788,7 @@ class LanguageModel:
         return [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)]
 
     def set_rows(self, names, wanted=None):
-        """Set the adapter of each row (or token of a packed row) of the following forwards; None: the base alone.
+        """Set the adapter of each row (or token of a packed row) of the following forwards; all None: the base alone.
 
         wanted: indices into the flattened tokens of all rows whose hidden states are output, or None for all. Both stay
         set until the next call, because gradient checkpointing repeats forwards. Without gradients A is written into W,
@@ -794,7 +797,7 @@ class LanguageModel:
         self.groups = groups = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
         self.wanted, dtype = wanted, self.causal_lm.dtype
         names = [name for name, _ in groups if name is not None]
-        equal = len(names) == len(groups) and len({rows for _, rows in groups}) == 1  # each adapter has as many rows
+        equal = len({rows for _, rows in groups}) == 1  # whether all adapters have as many rows
 
         def join(how, weights):  # what is alone need not be copied
             return how(weights) if len(weights) > 1 else weights[0]
@@ -804,7 +807,7 @@ class LanguageModel:
 
         @functools.cache
         def row_mask(width):  # (rows or tokens, 1, n x width), 1 = the row's own adapter; None if there is one for all
-            blocks = [torch.ones(rows, 0 if name is None else width) for name, rows in groups]
+            blocks = [torch.ones(rows, width) for _, rows in groups]
             return torch.block_diag(*blocks).to(self.device, dtype)[:, None] if len(groups) > 1 else None
 
         tensors = []
@@ -819,9 +822,9 @@ class LanguageModel:
             B = [join(block_diag, [layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names]
             B = join(torch.cat, B)  # (n x siblings x rank, outputs)
             W, bias, sizes = layers[0].joined
-            n, mask = sum(sizes[:-1]), row_mask(len(B) // len(names))
+            n, mask, merge = sum(sizes[:-1]), row_mask(len(B) // len(names)), False
             if torch.is_grad_enabled():
-                W = W[:n]
+                W, merge = W[:n], self.can_merge and len(names) == 1
             elif equal and self.can_merge:
                 B, A = (x.unflatten(0, (len(names), -1)) for x in (B, A))
                 W, A, B, mask = torch.baddbmm(W[:n], B.mT, A), None, None, None  # (n, outputs, inputs)
@@ -829,7 +832,7 @@ class LanguageModel:
                 W[n:n + len(A)] = A
                 W, A = W[:n + round_up(len(A))], None
             bias = None if bias is None else bias[:W.shape[-2]]
-            layers[0].stacked_lora = W, bias, A, B, mask, sizes[:-1], self.can_merge
+            layers[0].stacked_lora = W, bias, A, B, mask, sizes[:-1], merge
             tensors += filter(torch.is_tensor, layers[0].stacked_lora)
         return tensors
 
@@ -907,7 +910,7 @@ class LanguageModel:
 
         Launching hundreds of small kernels per token from Python takes longer than running them. On a GPU a CUDA graph
         launches them at once; finished rows stay in the batch, because the weights are read once for all rows. On a CPU
-        steps are traced once for all calls, and finished rows are dropped.
+        finished rows are dropped, and a step is traced once for all calls of its kind, so that it runs without Python.
         kv_cache: see prefill; mask: (R, P); ids: (R, G); uniforms, tokens, logps: (R x G, max_new_tokens).
         """
         lora = self.set_rows(names)
@@ -920,13 +923,9 @@ class LanguageModel:
         last = (mask.sum(1, keepdim=True) - 1).expand(-1, G)  # position of each prompt's last token
         t, alive = torch.ones(1, dtype=torch.long, device=device), ids != self.end  # (R, G), 1 = has not ended
 
-        def step(slots, t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *tensors):
+        def step(slots, t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *kv_and_lora):
             for module in self.attention_layers:
-                module.in_place_kv = *tensors[2 * module.layer_idx:][:2], cache_position
-            of_layers = iter(tensors[len(kv_cache):])  # inputs, not constants of the trace
-            for layers in self.siblings:
-                layers[0].stacked_lora = layers[0].stacked_lora and [
-                    next(of_layers) if torch.is_tensor(x) else x for x in layers[0].stacked_lora]
+                module.in_place_kv = *kv_and_lora[2 * module.layer_idx:][:2], cache_position
             attend = visible[:, :, :slots.shape[0]] & (slots <= cache_position[-1])
             # additive here, or every layer would convert the boolean mask again
             attention_mask = torch.zeros_like(attend, dtype=self.causal_lm.dtype).masked_fill_(~attend, -math.inf)
@@ -940,6 +939,8 @@ class LanguageModel:
             alive.logical_and_(token != self.end)
             cache_position.add_(G)
             t.add_(1)
+            for module in self.attention_layers:
+                module.in_place_kv = None
             return alive
 
         eager_forwards = [layer.forward for layer, _ in self.compiled]
@@ -961,8 +962,8 @@ class LanguageModel:
             if kv_cache[0].shape[2] < K:
                 kv_cache = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - x.shape[2])) for x in kv_cache]
             state = slots[:K], t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *kv_cache
-            if not self.static_cache:
-                constants = G, tuple(x.dim() for x in lora), temperature, top_p  # what a trace depends on
+            if lora and not self.static_cache:
+                constants = G, len(lora), temperature, top_p  # len tells merged, single and masked adapters apart
                 if constants not in self.traced_steps:
                     self.traced_steps[constants] = jit_trace(step, state, lora)
                 run_step = self.traced_steps[constants]
@@ -972,8 +973,6 @@ class LanguageModel:
                 with torch.cuda.graph(graph):
                     step(*state, *lora)
                 run_step = lambda *_: graph.replay()
-        for module in self.attention_layers:
-            module.in_place_kv = None
         for (layer, _), forward in zip(self.compiled, eager_forwards):
             layer.forward = forward
 

@@ -419,8 +419,8 @@ def test_an_answer_that_is_cut_has_no_end_token(folder):
 def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
     """Also: a saved adapter is an ordinary PEFT adapter, and nothing of another adapter is in it."""
     lm = team(folder)
-    names, prompts = ["agent_0", "agent_0", "agent_1", "critic", None], prompts_of(lm, 5)
-    tokens = [[5, 6, 7, lm.end], [300] * 9, [8], [9, 10], [11, 12]]
+    names, prompts = ["agent_0", "agent_0", "agent_1", "critic"], prompts_of(lm, 4)
+    tokens = [[5, 6, 7, lm.end], [300] * 9, [8], [9, 10]]
     with torch.no_grad():
         mixed, _ = lm.logprobs(names, prompts, tokens)
         states = lm.hidden(names, prompts, [len(p) - 1 for p in prompts])
@@ -428,7 +428,9 @@ def test_mixed_rows_equal_plain_peft_one_adapter_at_a_time(folder, tmp_path):
         lm.save_adapter(name, str(tmp_path))
         assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / name))
     base = AutoModelForCausalLM.from_pretrained(folder)
-    plain = [plain_logprobs(base, prompts[4], tokens[4])]
+    without = torch.cat([plain_logprobs(base, prompt, answer) for prompt, answer in zip(prompts, tokens)])
+    assert torch.allclose(lm.logprobs([None] * 4, prompts, tokens)[0], without, atol=1e-5)
+    plain = []
     peft = PeftModel.from_pretrained(base, tmp_path / "agent_0", adapter_name="agent_0")
     for name in ("agent_1", "critic"):
         peft.load_adapter(tmp_path / name, adapter_name=name)
@@ -451,15 +453,17 @@ def test_layers_that_read_the_same_input_are_one(name, first, last, tokenizers, 
     lm = team(make_folder({**CONFIGS, **PECULIAR}[name], tmp_path / name, tokenizers[1]))
     names = {layer: key.split(".")[-1] for key, layer in lm.causal_lm.named_modules()}
     assert [" ".join(names[layer] for layer in layers) for layers in lm.siblings] == first + last
-    for gradients, layers in itertools.product((True, False), lm.siblings):
-        x = torch.randn(2, 3, layers[0].in_features, generator=torch.Generator().manual_seed(0))
+    for gradients, lm.can_merge, rows, layers in itertools.product((True, False), (True, False), ([0], [0, 1], [0, 1, 1]), lm.siblings):
+        x = torch.randn(len(rows), 3, layers[0].in_features, generator=torch.Generator().manual_seed(0))
         with torch.set_grad_enabled(gradients):  # without, A is in the same matrix as W
-            lm.set_rows(["agent_0", "agent_1"])
-            assert (layers[0].stacked_lora[2] is None) != gradients
+            lm.set_rows([f"agent_{agent}" for agent in rows])
+            _, _, A, B, mask, _, merge = layers[0].stacked_lora
+            assert (A is None) != gradients and (B is None) == (lm.can_merge and not gradients and len(rows) < 3)
+            assert (mask is None) == (len(rows) == 1 or B is None) and merge == (lm.can_merge and gradients and len(rows) == 1)
             outputs = [model.lora_forward(layer, x) for layer in layers]
         for layer, y in zip(layers, outputs):  # each layer with the A and B of each row's adapter
-            for b in range(2):
-                A, B = layer.lora_A[f"agent_{b}"].weight, layer.lora_B[f"agent_{b}"].weight
+            for b, agent in enumerate(rows):
+                A, B = layer.lora_A[f"agent_{agent}"].weight, layer.lora_B[f"agent_{agent}"].weight
                 assert torch.allclose(y[b], layer.base_layer(x[b]) + layer.scale * x[b] @ A.t() @ B.t(), atol=1e-5)
         assert layers[0].shared is layers[-1].shared and not layers[0].shared  # nothing is kept for longer than needed
         memory = {layer.base_layer.weight.untyped_storage().data_ptr() for layer in layers}
@@ -549,7 +553,7 @@ def test_fresh_adapters_change_nothing(folder):
     assert len(returned[0]) == len(returned[1]) > 0 and not {*map(id, returned[0])} & {*map(id, returned[1])}
     assert {layer.scale for layer in lm.lora_layers()} == {2.0}  # whatever the rank
     prompts, tokens = prompts_of(lm, 3), [[5, 6, 7]] * 3
-    logp, _ = lm.logprobs(["agent_0", "agent_1", None], prompts, tokens)
+    logp, _ = lm.logprobs(["agent_0", "agent_1", "agent_1"], prompts, tokens)
     base = AutoModelForCausalLM.from_pretrained(folder)
     plain = torch.cat([plain_logprobs(base, prompt, answer) for prompt, answer in zip(prompts, tokens)])
     assert torch.allclose(logp, plain, atol=1e-5)
@@ -918,3 +922,28 @@ def test_answers_sampled_with_a_static_cache(name, top_p, tokenizers, tmp_path, 
         assert some == [tokens[row] for row in rows]
     assert any(len(groups) == 2 and len({rows for _, rows in groups}) == 2 for groups in counts)
     assert any(len(groups) == 2 and len({rows for _, rows in groups}) == 1 for groups in counts)
+
+
+def test_what_a_traced_step_depends_on(tokenizers, tmp_path):
+    """Traces are shared by all calls, and yet adapters, temperature and top_p may change; they keep no KV cache."""
+    lm = LanguageModel(make_folder(CONFIGS["qwen3"], tmp_path, tokenizers[1]), rank=4)
+    lm.self_test()  # in which answers cannot end
+    adapters = [p for name in ("agent_0", "agent_1") for p in lm.add_adapter(name)]
+    likely_to_end(lm)
+    names, prompts, draws = ["agent_0"] * 3 + ["agent_1"] * 3, prompts_of(lm, 6), uniforms(6, 24)
+    answers = []
+    for temperature, top_p in ((1.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 0.5)):
+        for p in adapters:
+            torch.nn.init.normal_(p, std=0.2)
+        tokens, logps = lm.generate(names, prompts, draws, temperature, top_p)
+        again, _ = lm.logprobs(names, prompts, tokens, temperature)
+        assert torch.allclose(again, torch.tensor(sum(logps, [])), atol=1e-4)
+        traced, lm.traced_steps = lm.traced_steps, {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "jit_trace", lambda step, *_: step)
+            assert lm.generate(names, prompts, draws, temperature, top_p)[0] == tokens
+        lm.traced_steps = traced
+        answers.append(tokens)
+    assert min(map(len, answers[0])) < 24 and answers[0] != answers[1] and len(lm.traced_steps) > 2
+    gc.collect()
+    assert not [x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.dim() == 4 and x.shape[1] == 2]  # KV heads
