@@ -526,7 +526,7 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, merged, A, B = ctx.saved_tensors
         rows, grads = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]  # (B T, inputs), (B T, outputs)
-        grad_x, grad_A, grad_B = None, torch.empty_like(A), torch.empty_like(B)  # of B, the blocks on the diagonal
+        grad_x, grad_A, grad_B = None, torch.empty_like(A), torch.empty_like(B)  # of B only the diagonal blocks
         low_rank, start, rank = F.linear(rows, A).t(), 0, len(A) // len(grads)
         for k, grad in enumerate(grads):
             own, outputs = slice(k * rank, (k + 1) * rank), slice(start, start := start + grad.shape[1])
