@@ -822,16 +822,17 @@ class LanguageModel:
             B = [join(block_diag, [layer.lora_B[name].weight.to(dtype).t() for layer in layers]) for name in names]
             B = join(torch.cat, B)  # (n x siblings x rank, outputs)
             W, bias, sizes = layers[0].joined
-            n, mask, merge = sum(sizes[:-1]), row_mask(len(B) // len(names)), False
+            n, merge = sum(sizes[:-1]), False
             if torch.is_grad_enabled():
                 W, merge = W[:n], self.can_merge and len(names) == 1
             elif equal and self.can_merge:
-                B, A = (x.unflatten(0, (len(names), -1)) for x in (B, A))
-                W, A, B, mask = torch.baddbmm(W[:n], B.mT, A), None, None, None  # (n, outputs, inputs)
+                A, B = (x.unflatten(0, (len(names), -1)) for x in (A, B))
+                W, A, B = torch.baddbmm(W[:n], B.mT, A), None, None  # (n, outputs, inputs)
             else:
                 W[n:n + len(A)] = A
                 W, A = W[:n + round_up(len(A))], None
             bias = None if bias is None else bias[:W.shape[-2]]
+            mask = None if B is None else row_mask(len(B) // len(names))
             layers[0].stacked_lora = W, bias, A, B, mask, sizes[:-1], merge
             tensors += filter(torch.is_tensor, layers[0].stacked_lora)
         return tensors
@@ -962,7 +963,7 @@ class LanguageModel:
             if kv_cache[0].shape[2] < K:
                 kv_cache = [F.pad(x, (0, 0, 0, min(L, K + 64 * G) - x.shape[2])) for x in kv_cache]
             state = slots[:K], t, cache_position, uniforms, tokens, logps, answer, ids, last, alive, visible, *kv_cache
-            if lora and not self.static_cache:
+            if lora and not self.static_cache:  # a trace without adapters would keep the base's W as constants
                 constants = G, len(lora), temperature, top_p  # len tells merged, single and masked adapters apart
                 if constants not in self.traced_steps:
                     self.traced_steps[constants] = jit_trace(step, state, lora)
