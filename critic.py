@@ -3,32 +3,25 @@ The critic estimates the value of a history: its own LoRA adapter on the shared 
 
 V(h) is computed from the last token's hidden state; no vocabulary logits are computed. CoLLM-CC has one centralized
 critic that reads the joint history, CoLLM-DC one critic per agent that reads that agent's own history. Critics are
-needed only for training; trained agents work without. The Monte Carlo baselines, which replace a critic, are here, too.
+needed only for training; trained agents work without.
 """
 import os
 
 import torch
 from torch import nn
 
+from model import all_gather, shard
 from tasks import write_atomic
 
 
-def td_targets(rewards, values, gamma, lam=0.0):
-    """Value targets and advantages of one episode, both lists over turns; the value after the last turn is 0.
+def returns_differ(returns):
+    """Whether episodes have different returns at some turn; returns is [episode][turn].
 
-    delta_t = r_t + gamma V(h_t+1) - V(h_t);  A_t = delta_t + gamma lam A_t+1;  target_t = A_t + V(h_t).
-    lam = 0 is the paper's one-step TD error, lam = 1 the return minus the value (GAE, arXiv 1506.02438).
-
-    rewards [1, 2], values [0.5, 1.0], gamma 0.9 give targets [1.9, 2.0] and advantages [1.4, 1.0]; with lam 1 and
-    gamma 1 the same episode has returns [3, 2] as targets and advantages [2.5, 1.0].
+    [[2, 1], [2]] do not differ, [[2, 1], [2, 3]] do. Where they do not, advantages are only the rounding of V, which
+    normalising would blow up, and Adam again: such a step must not move the actors.
     """
-    targets, advantages, next_value, advantage = [], [], 0.0, 0.0
-    for reward, value in zip(reversed(rewards), reversed(values)):
-        advantage = reward + gamma * next_value - value + gamma * lam * advantage
-        advantages.insert(0, advantage)
-        targets.insert(0, advantage + value)
-        next_value = value
-    return targets, advantages
+    by_turn = [[ret[t] for ret in returns if len(ret) > t] for t in range(max(map(len, returns)))]
+    return any(max(at_turn) - min(at_turn) > 1e-6 for at_turn in by_turn)
 
 
 def explained_variance(returns, values):
@@ -40,28 +33,18 @@ def explained_variance(returns, values):
     return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
 
 
-def explained_variance_stats(returns, values):
-    """Explained variance for the log, over all turns and for each turn; returns and values are [episode][turn].
+def explained_variance_stats(returns, episodes):
+    """Explained variance for the log, over all turns and for each turn; returns is [episode][turn].
 
-    [[2, 1], [4, 3]] and [[3, 1.5], [3, 2.5]]: 0 at turn 0, where the values are equal, 0.75 at turn 1, 0.5 in all.
+    Returns [2, 1] and [4, 3] with the values [3, 1.5] and [3, 2.5]: 0 at turn 0, where the values are equal, 0.75 at
+    turn 1, 0.5 in all.
     """
-    at_turn = [[(ret[t], value[t]) for ret, value in zip(returns, values) if len(ret) > t]
-               for t in range(max(map(len, returns)))]
-    return {"value/explained_variance": explained_variance(*zip(*sum(at_turn, []))),
-            "value/explained_variance_by_turn": [explained_variance(*zip(*pairs)) for pairs in at_turn]}
-
-
-def baselines(returns, kind):
-    """Monte Carlo baselines for the returns of a group: joint actions on the same item at the same turn.
-
-    [1, 2, 6] give [3, 3, 3] with "group", their mean (MAGRPO; GRPO with one agent), [4, 3.5, 1.5] with "loo", the mean
-    of the others, and [0, 0, 0] with "none" (MAREINFORCE). A group of one is its own baseline: [5] gives [5], unless
-    the kind is "none".
-    """
-    total, n = sum(returns), len(returns)
-    if kind == "none":
-        return [0.0] * n
-    return [(total - ret) / (n - 1) if kind == "loo" and n > 1 else total / n for ret in returns]
+    pairs = [[] for _ in range(max(map(len, returns)))]  # of each turn
+    for ret, e in zip(returns, episodes):
+        for t, turn in enumerate(e.turns):
+            pairs[t] += [(ret[t], value) for value in turn.values]  # one of each critic
+    return {"value/explained_variance": explained_variance(*zip(*sum(pairs, []))),
+            "value/explained_variance_by_turn": [explained_variance(*zip(*own)) for own in pairs]}
 
 
 def critic_messages(histories):
@@ -91,7 +74,7 @@ class Critic(nn.Module):
     def __init__(self, lm, name, num_turns, max_tokens):
         """lm: the LanguageModel that gets its adapter; name: the adapter's; max_tokens: longest input, in tokens."""
         super().__init__()
-        self.lm, self.name, self.truncated = [lm], name, 0  # lm in a list, so that it is not a submodule
+        self.lm, self.name = [lm], name  # lm in a list, so that it is not a submodule
         self.max_tokens = min(max_tokens, lm.context)
         self.head = nn.Linear(lm.hidden_size, num_turns, device=lm.device)
         self.weights = [*lm.add_adapter(name), *self.head.parameters()]
@@ -101,10 +84,8 @@ class Critic(nn.Module):
         self.register_buffer("std", torch.ones(num_turns, device=lm.device))
 
     def input_ids(self, histories):
-        """Token ids of the critic's input, truncated on the left to max_tokens; truncations are counted."""
-        ids = self.lm[0].render(critic_messages(histories))
-        self.truncated += len(ids) > self.max_tokens
-        return ids[-self.max_tokens:]
+        """Token ids of the critic's input, truncated on the left to max_tokens."""
+        return self.lm[0].render(critic_messages(histories), self.max_tokens)
 
     def set_scale(self, returns):
         """Set mean_t and std_t from returns [episode][turn]: head_t = 0 is then the mean return at turn t."""
@@ -121,6 +102,18 @@ class Critic(nn.Module):
 
     def forward(self, inputs, turns):
         """V(h_t), on the scale of returns, shape (B,), for B token-id lists and their turn numbers t."""
-        hidden = self.lm[0].hidden([self.name] * len(inputs), inputs, [len(ids) - 1 for ids in inputs])  # (B, C)
+        hidden = self.lm[0].hidden(self.name, inputs, [len(ids) - 1 for ids in inputs])  # (B, C)
         turn = torch.tensor(turns, device=hidden.device)
         return self.mean[turn] + self.std[turn] * self.head(hidden.float()).gather(1, turn[:, None])[:, 0]
+
+    @torch.no_grad()
+    def evaluate(self, episodes, c, size):
+        """As critic number c, append V(h_t) to turn.values of every turn; each rank computes its shard, by `size` rows."""
+        rows = [(turn.critic_inputs[c], t, turn) for e in episodes for t, turn in enumerate(e.turns)]
+        rows.sort(key=lambda row: row[:2])  # common prefixes are neighbours
+        own, values = shard(rows), []
+        for k in range(0, len(own), size):
+            inputs, turns, _ = zip(*own[k:k + size])
+            values += self(inputs, turns).tolist()
+        for (_, _, turn), value in zip(rows, all_gather(values)):
+            turn.values.append(value)

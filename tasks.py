@@ -60,6 +60,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from tqdm import tqdm
+
 import minecraft_sim as sim
 
 # --- episodes ---------------------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ class Turn:
     responses: list         # a_i,t as text
     outcome: Outcome
     critic_inputs: list = field(default_factory=list)  # one entry per critic: token ids of the history it reads
-    values: dict = field(default_factory=dict)  # critic -> V(h_t) before it learned from this turn; set in training
+    values: list = field(default_factory=list)   # one per critic: V(h_t) before it learns from this step, and the
+    targets: list = field(default_factory=list)  # value target; both set in training
     advantages: list = field(default_factory=list)  # one per agent, normalised over the step; set in training
 
 
@@ -145,9 +148,11 @@ def exit_on_error(parser):
     except ImportError as error:
         parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
     except Exception as error:
-        if not isinstance(error, (InputError, OSError)) and not type(error).__module__.startswith("wandb."):
+        if not isinstance(error, (InputError, OSError, FloatingPointError)) and not type(error).__module__.startswith(
+                "wandb."):
             raise
-        parser.exit(2, f"error: {error}\n")
+        tqdm.write(f"error: {error}", file=sys.stderr)  # below a progress bar, not behind it
+        sys.exit(2)
 
 
 def minibatches(episodes, group_size, num_minibatches, rng):
@@ -167,7 +172,7 @@ def mean(numbers):
 def summary(episodes, prefix, gamma, ends):
     """Means over episodes, by log key; the return is discounted from the first turn on.
 
-    ends: the end token of each agent's model.
+    ends: the tokens that end an answer of each agent's model, a set.
 
     Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
     """
@@ -178,7 +183,7 @@ def summary(episodes, prefix, gamma, ends):
         "return": mean(e.returns(gamma)[0] for e in episodes),
         "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
         "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
-        "truncated": mean(tokens[-1] != end for turn in turns for tokens, end in zip(turn.tokens, ends))}
+        "truncated": mean(tokens[-1] not in end for turn in turns for tokens, end in zip(turn.tokens, ends))}
     if prefix == "eval":  # the components of the last turn's reward
         numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
                     if not isinstance(number, list) and name not in numbers}
@@ -207,183 +212,6 @@ def dialogue(task, episode, color):
         lines += [task.draw(episode.item, turn.outcome.world, color),
                   f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
     return "\n".join(lines)
-
-
-def read_jsonl(path, check):
-    """Read a user's own items, one JSON object per line, as (train, eval); "split": "eval" marks held-out lines.
-
-    check(record) returns the item or raises ValueError. Raises InputError that names the line, and OSError if the file
-    cannot be opened.
-    """
-    items = {"train": [], "eval": []}
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # invalid bytes become surrogates
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
-                    raise InputError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
-                if typos := {*difflib.get_close_matches("split", record, cutoff=0.8)} - {"split"}:  # would train on it
-                    raise InputError(f'it has a key "{min(typos)}"; did you mean "split"?')
-                json.dumps(record, ensure_ascii=False).encode()
-                items[record.get("split", "train")].append(check(record))
-            except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number}: this is not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:  # name the faulty line of the user's file
-                raise InputError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: of JSON
-    if not items["train"]:
-        raise InputError(f"{path} has no training line.")
-    train = {json.dumps(item, sort_keys=True) for item in items["train"]}
-    shared = [item for item in items["eval"] if json.dumps(item, sort_keys=True) in train]
-    if shared:
-        raise InputError(f"{path}: {shared[0]} is both a training line and a held-out line.")
-    return items["train"], items["eval"]
-
-
-def read_hub(sources, check):
-    """Items of data sets on the Hugging Face hub as (train, eval); sources: [(name, training split, held-out split)].
-
-    At most 128 held-out items, evenly spaced over their split. Rows that check rejects are skipped with a printed note.
-    Raises InputError if the data cannot be loaded, ImportError if the datasets package is missing.
-    """
-    import datasets  # an optional dependency
-    train, held_out = [], []
-    for name, *splits in sources:
-        for items, split in zip([train, held_out], splits):
-            try:
-                rows = datasets.load_dataset(name, split=split)
-            except Exception as error:  # any, of the network, the hub or the cache
-                raise InputError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
-                                 "online, or use --data builtin or --data FILE.jsonl.") from None
-            for number, row in enumerate(rows):
-                try:
-                    items.append(check(row))
-                except ValueError as error:
-                    print(f"{name}, {split}, row {number} is left out: {error}")
-    held_out = held_out[::max(1, len(held_out) // 128)][:128]
-    return [item for item in train if item not in held_out], held_out
-
-
-# --- run folders ------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path, write):
-    """Call write(temporary path), then rename: a reader sees the old file or the new one, never an incomplete one."""
-    try:
-        write(path + ".part")
-        os.replace(path + ".part", path)
-    except Exception as error:  # a full disk, say
-        with contextlib.suppress(OSError):
-            os.remove(path + ".part")
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
-
-
-def write_text(path, text):
-    write_atomic(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
-
-
-# settings that --resume may change (with another number of steps the learning rate follows another schedule)
-RESUME_MAY_CHANGE = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir",
-                     "device", "threads", "micro_batch", "attn", "gradient_checkpointing", "compile"}
-EVAL_MUST_MATCH = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
-EVAL_REPORTS = {"num_turns", "feedback", "reward", "data", "max_new_tokens", "temperature", "top_p", "gamma",
-                "batch_size"}  # --eval_only may change these, but says so
-
-
-def truncate_logs(out_dir, step, eval_due):
-    """Delete entries of later steps than this one, and a half-written line, from log.jsonl and samples.txt.
-
-    eval_due: whether an evaluation is due at this step; it is repeated on --resume, so its old entries go, too.
-    """
-    for name, pattern in (("log.jsonl", r'^{"step": (\d+).*\n'),
-                          ("samples.txt", r"^=== step (\d+)(?s:.*?)(?=^=== step|\Z)")):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            text = Path(path).read_text(encoding="utf-8", errors="replace")  # a kill may cut a character
-            entries = re.finditer(pattern, text, re.MULTILINE)  # group 1 is the step
-            write_text(path, "".join(entry[0] for entry in entries if int(entry[1]) <= step - (
-                eval_due and (name == "samples.txt" or '"train/' not in entry[0]))))
-
-
-RANGES = {name: (1, 1e9) for name in (
-    "max_new_tokens", "num_agents", "batch_size", "group_size", "passes", "minibatches", "micro_batch", "save_every",
-    "critic_tokens")} | {name: (0, 1e9) for name in ("steps", "lr", "critic_lr", "clip", "eval_every")} | {
-    "threads": (1, 1024), "lora_rank": (1, 4096), "num_turns": (1, 1000),
-    "seed": (0, 2 ** 63 - 1), "gamma": (0, 1), "lam": (0, 1), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1)}
-
-
-def check_ranges(args):
-    """Raise InputError about the first number that is out of range."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"{name} must be at least {low:g} and at most {high:g}, not {value}.")
-    if args.batch_size % args.group_size:
-        raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
-
-
-def check_run_folder(args):
-    """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
-    path = os.path.join(args.out_dir, "config.json")
-    if args.resume and args.overwrite:
-        raise InputError("--resume continues a run and --overwrite deletes it; give only one of them.")
-    if args.resume and args.eval_only:
-        raise InputError("--resume continues training and --eval_only only evaluates; give only one of them.")
-    try:
-        saved = json.loads(Path(path).read_text()) if os.path.exists(path) else None
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(saved, dict) or "out_dir" not in saved:
-        if args.resume:
-            raise InputError(f"There is no run to resume in {args.out_dir}.")
-        if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
-            raise InputError(f"{args.out_dir} is a file; choose another --out_dir.")
-        if os.path.exists(args.out_dir) and any(not name.endswith(".part") for name in os.listdir(args.out_dir)):
-            raise InputError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
-        if args.eval_only:
-            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
-        return
-    if not (args.resume or args.overwrite or args.eval_only):
-        raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
-    if args.resume or args.eval_only:
-        if os.path.isdir(os.path.join(args.out_dir, "agent_0")) and not os.path.exists(
-                os.path.join(args.out_dir, "train_state.pt")):
-            raise InputError(f"{args.out_dir} has agents but no train_state.pt, which training and evaluation need.")
-        changes = {key: f"{key} {saved[key]!r} -> {value!r}" for key, value in vars(args).items()
-                   if key not in RESUME_MAY_CHANGE and saved.get(key, value) != value}  # older runs may lack a setting
-        forbidden = [change for key, change in changes.items() if args.resume or key in EVAL_MUST_MATCH]
-        if forbidden:
-            raise InputError(f"{args.out_dir} was made with other settings: {', '.join(forbidden)}.")
-        if reported := [change for key, change in changes.items() if key in EVAL_REPORTS]:
-            print(f"The team was trained with other settings: {', '.join(reported)}.")
-
-
-def catch_interrupts(rank):
-    """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill the list returned here; a second one kills."""
-    interrupts = []
-
-    def handler(signum, _):
-        signal.signal(signum, signal.SIG_DFL)
-        interrupts.append(signum)
-        if rank == 0:  # os.write, because print may be what was interrupted
-            os.write(2, b"\ninterrupted: what is under way will be finished and saved; once more stops at once\n")
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
-    return interrupts
-
-
-def open_run_folder(args):
-    """Make the folder, delete the files of an overwritten run and the remains of a killed one, write config.json."""
-    os.makedirs(args.out_dir, exist_ok=True)
-    check_run_folder(args)  # once more: another run may have started here while the tiny base was built
-    pattern = r"\.saving-.*|.*\.part"
-    if args.overwrite:
-        pattern += r"|agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt"
-    for path in [os.path.join(args.out_dir, name) for name in os.listdir(args.out_dir) if re.fullmatch(pattern, name)]:
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
-    write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
 # --- what tasks have in common ----------------------------------------------------------------------------------------
@@ -426,7 +254,7 @@ class Task:
         """The train scripts' defaults that depend on the task, and a checksum of its items for --resume."""
         defaults = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
         items = json.dumps([self.train_items, self.eval_items])
-        return defaults | {"feedback": self.feedback_mode, "items": zlib.crc32(items.encode())}
+        return defaults | {"feedback": self.feedback_mode, "base": self.base, "items": zlib.crc32(items.encode())}
 
     def builtin_items(self):
         rng = random.Random(0)
@@ -1391,6 +1219,216 @@ class CoopHE(Task):
                             "main does not use aux", "syntax error: invalid syntax",
                             "failed: " + rng.choice(item["test"].split("\n    ")[1:])])
         return [f"Turn {turn + 2}. {level}"] * len(responses)  # random, because running the tests would take too long
+
+
+# --- files: items, and the folder of a run ----------------------------------------------------------------------------
+
+def read_jsonl(path, check):
+    """Read a user's own items, one JSON object per line, as (train, eval); "split": "eval" marks held-out lines.
+
+    check(record) returns the item or raises ValueError. Raises InputError that names the line, and OSError if the file
+    cannot be opened.
+    """
+    items = {"train": [], "eval": []}
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # invalid bytes become surrogates
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
+                    raise InputError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
+                if typos := {*difflib.get_close_matches("split", record, cutoff=0.8)} - {"split"}:  # would train on it
+                    raise InputError(f'it has a key "{min(typos)}"; did you mean "split"?')
+                json.dumps(record, ensure_ascii=False).encode()
+                items[record.get("split", "train")].append(check(record))
+            except UnicodeEncodeError:
+                raise InputError(f"{path}, line {number}: this is not UTF-8 text") from None
+            except (ValueError, RecursionError) as error:  # name the faulty line of the user's file
+                raise InputError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: of JSON
+    if not items["train"]:
+        raise InputError(f"{path} has no training line.")
+    train = {json.dumps(item, sort_keys=True) for item in items["train"]}
+    shared = [item for item in items["eval"] if json.dumps(item, sort_keys=True) in train]
+    if shared:
+        raise InputError(f"{path}: {shared[0]} is both a training line and a held-out line.")
+    return items["train"], items["eval"]
+
+
+def read_hub(sources, check):
+    """Items of data sets on the Hugging Face hub as (train, eval); sources: [(name, training split, held-out split)].
+
+    At most 128 held-out items, evenly spaced over their split. Rows that check rejects are skipped with a printed note.
+    Raises InputError if the data cannot be loaded, ImportError if the datasets package is missing.
+    """
+    import datasets  # an optional dependency
+    train, held_out = [], []
+    for name, *splits in sources:
+        for items, split in zip([train, held_out], splits):
+            try:
+                rows = datasets.load_dataset(name, split=split)
+            except Exception as error:  # any, of the network, the hub or the cache
+                raise InputError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
+                                 "online, or use --data builtin or --data FILE.jsonl.") from None
+            for number, row in enumerate(rows):
+                try:
+                    items.append(check(row))
+                except ValueError as error:
+                    print(f"{name}, {split}, row {number} is left out: {error}")
+    held_out = held_out[::max(1, len(held_out) // 128)][:128]
+    return [item for item in train if item not in held_out], held_out
+
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename: a reader sees the old file or the new one, never an incomplete one."""
+    try:
+        write(path + ".part")
+        os.replace(path + ".part", path)
+    except Exception as error:  # a full disk, say
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def write_text(path, text):
+    write_atomic(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: number(int, 1)("0") is an error that says "must be an int of at least 1"."""
+    def parse(text):
+        value = kind(text) if text.strip() == text else None
+        if value is None or not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} of at least {low}" + (f" and at most {high}" if high < math.inf else "")
+    return parse
+
+
+def read_config(out_dir):
+    """The settings in a run folder's config.json; InputError if there are none."""
+    try:
+        config = json.loads(Path(out_dir, "config.json").read_text(encoding="utf-8"))
+        return config | {"out_dir": out_dir} if config["algorithm"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{out_dir} is not a run folder: it has no readable config.json.") from None
+
+
+class Run:
+    """The folder of a run: config.json, log.jsonl, samples.txt, train_state.pt, and an adapter folder for each agent.
+
+    What log.jsonl and samples.txt hold is a part of train_state.pt: --resume writes them anew, as of the last save.
+    """
+    # settings that --resume may change (with another number of steps the learning rate follows another schedule)
+    resume_may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir",
+                         "device", "threads", "micro_batch", "gradient_checkpointing", "compile"}
+    eval_must_match = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
+    made_here = r"agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt|\.saving-.*|.*\.part"
+
+    def __init__(self, args, rank):
+        """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
+        args.out_dir = args.out_dir or os.path.join("out", f"{args.algorithm}-{args.task}")
+        self.args, self.rank, self.lines, self.samples, self.interrupts = args, rank, [], [], []
+        self.state_path = os.path.join(args.out_dir, "train_state.pt")
+        signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
+        if args.batch_size % args.group_size:
+            raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
+        if args.batch_size * args.ranks == 1:
+            raise InputError("an advantage compares the episodes of a step: batch_size must be at least 2.")
+        if getattr(args, "baseline", "none") != "none" and args.group_size == 1:
+            raise InputError(f"--baseline {args.baseline} compares episodes of a group: group_size must be at least 2.")
+        if args.resume + args.overwrite + args.eval_only > 1:
+            raise InputError("--resume, --overwrite and --eval_only exclude each other.")
+        self.check_folder()
+        if args.wandb:
+            import wandb
+            self.wandb = wandb
+
+    def check_folder(self):
+        args = self.args
+        if os.path.exists(os.path.join(args.out_dir, "config.json")):
+            saved = read_config(args.out_dir)
+            if not (args.resume or args.overwrite or args.eval_only):
+                raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
+            if not args.overwrite and os.path.isdir(os.path.join(args.out_dir, "agent_0")) and not os.path.exists(
+                    self.state_path):
+                raise InputError(f"{args.out_dir} has agents but no train_state.pt, which training and evaluation need.")
+            changes = {key: f"{key} {saved[key]!r} -> {value!r}" for key, value in vars(args).items()
+                       if key not in self.resume_may_change and saved.get(key, value) != value}
+            wrong = [change for key, change in changes.items() if args.resume or key in self.eval_must_match]
+            if wrong and not args.overwrite:
+                raise InputError(f"{args.out_dir} was made with other settings: {', '.join(wrong)}.")
+            if changes and args.eval_only:
+                print(f"The team was trained with other settings: {', '.join(changes.values())}.")
+        elif args.resume:
+            raise InputError(f"There is no run to resume in {args.out_dir}.")
+        elif os.path.isdir(args.out_dir) and not all(re.fullmatch(self.made_here, name) for name in
+                                                     os.listdir(args.out_dir)):
+            raise InputError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+        elif args.eval_only:
+            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
+
+    def open(self):
+        """Make the folder, delete the files of an overwritten run and the remains of a killed one, write config.json."""
+        args = self.args
+        if args.eval_only or self.rank:
+            return
+        self.check_folder()  # once more: another run may have started here while the tiny base was built
+        os.makedirs(args.out_dir, exist_ok=True)
+        for name in os.listdir(args.out_dir):
+            path = os.path.join(args.out_dir, name)
+            if re.fullmatch(self.made_here, name) and (args.overwrite or name.startswith(".saving") or ".part" in name):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
+        write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
+        if args.wandb:
+            self.wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
+
+    def load(self, keys, device):
+        """What save() saved, for --resume and --eval_only; None if there is nothing yet."""
+        import torch  # `python tasks.py` needs none
+        if (self.args.resume or self.args.eval_only) and os.path.exists(self.state_path):
+            try:
+                saved = torch.load(self.state_path, map_location=device, weights_only=True)  # runs no code of the file's
+            except Exception as error:  # a truncated file can raise anything
+                raise InputError(f"{self.state_path} cannot be read: {first_line(error)}") from None
+            if missing := {*keys, "lines", "samples"} - saved.keys():
+                raise InputError(f"{self.state_path} cannot be used: it has no {min(missing)!r}.")
+            print(f"{self.args.out_dir} was saved at step {saved['progress']['step']}")
+            self.lines, self.samples = saved["lines"], saved["samples"]
+        else:
+            saved = None
+        if self.args.resume and not self.rank:
+            for name, entries in ("log.jsonl", self.lines), ("samples.txt", self.samples):
+                write_text(os.path.join(self.args.out_dir, name), "".join(entries))
+        return saved
+
+    def save(self, state):
+        import torch
+        state = state | {"lines": self.lines, "samples": self.samples}
+        write_atomic(self.state_path, lambda part: torch.save(state, part))
+
+    def log(self, line, samples=()):
+        """Append a line to log.jsonl and texts to samples.txt."""
+        if self.rank:
+            return
+        self.lines.append(json.dumps(line) + "\n")
+        self.samples += [f"=== step {line['step']}, {text}\n" for text in samples]
+        for name, new in ("log.jsonl", self.lines[-1:]), ("samples.txt", self.samples[len(self.samples) - len(samples):]):
+            with open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
+                file.write("".join(new))
+        if self.args.wandb:
+            self.wandb.log(line, step=line["step"])
+
+    def catch_interrupts(self):
+        """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill self.interrupts; a second one kills."""
+        def handler(signum, _):
+            signal.signal(signum, signal.SIG_DFL)
+            self.interrupts.append(signum)
+            if self.rank == 0:  # os.write, because print may be what was interrupted
+                os.write(2, b"\ninterrupted: what is under way will be finished and saved; once more stops at once\n")
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, handler)
 
 
 # --- all tasks, and python tasks.py -----------------------------------------------------------------------------------
