@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, N answer tokens of all rows, C hidden size, V vocabula
 import argparse
 import atexit
 import collections
-import contextlib
 import functools
 import inspect
 import itertools
@@ -30,12 +29,12 @@ import warnings
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import regex
 import tiktoken
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -46,14 +45,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 from tasks import (TASK_OPTIONS, Episode, InputError, Turn, dialogue, exit_on_error, first_line, get_task, history,
                    read_config)
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
@@ -96,9 +90,9 @@ def bpe_tokenizer(ranks, pattern, special, **options):
 def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
-    GPT-NeoX (Pythia's architecture). Weights are initialised with standard deviation width^-1/2: with the usual 0.02,
-    attention in so narrow a model stays uniform for hundreds of steps.
+    GPT-NeoX with weights of standard deviation width^-1/2: with the usual 0.02 its attention stays uniform for long.
     """
+    os.makedirs(folder, exist_ok=True)  # fails now, not after minutes of training
     warm_up = (steps := steps or task.base_steps) * 2 // 7  # learning-rate warm-up, on exercises only
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -135,7 +129,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         x = pad_sequence([torch.tensor(ids) for ids, _ in batch], True, pad)  # (B, T)
         loss_mask = pad_sequence([torch.tensor(mask) for _, mask in batch], True)[:, 1:].bool()  # (B, T-1)
         hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, C)
-        loss = F.cross_entropy(model.get_output_embeddings()(hidden[loss_mask]), x[:, 1:][loss_mask])
+        loss = torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[loss_mask]), x[:, 1:][loss_mask])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -167,9 +161,10 @@ def save_folder(folder, save):
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as build:
             save(build)
             os.makedirs(folder, exist_ok=True)
-            for name in sorted(os.listdir(build), key=lambda name: name == "config.json"):  # last: the folder is whole
-                os.chmod(os.path.join(build, name), 0o666 & ~umask)
-                os.replace(os.path.join(build, name), os.path.join(folder, name))
+            files = [path for path in Path(build).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
+                path.chmod(0o666 & ~umask)
+                path.replace(Path(folder, path.name))
     except Exception as error:  # a full disk: safetensors has an exception of its own
         raise OSError(f"{folder} cannot be written: {first_line(error)}") from None
 
@@ -178,8 +173,8 @@ def save_folder(folder, save):
 def load_tokenizer(name):
     """(tokenizer, id of the token that its chat template puts after an answer, whether that has a system role).
 
-    Gemma ends answers with <end_of_turn>, though its eos_token is <eos>. Models without a template, such as GPT-2, get a
-    plain-text one and their eos_token. Raises InputError if the template loses the text of a message.
+    Gemma ends answers with <end_of_turn>, though its eos_token is <eos>. Models without a template, such as GPT-2, get
+    one of plain text and their eos_token. Raises InputError if the template loses the text of a message.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.chat_template is None:
@@ -205,7 +200,7 @@ def load_tokenizer(name):
 
 
 def model_folders(names, num_agents, base):
-    """For each agent its folder or hub id. names: one model, or A,B,... with one per agent; "tiny" is out/tiny-BASE."""
+    """For each agent its folder or hub id. names: one model, or A,B,... with one each; "tiny" is out/tiny-BASE."""
     folders = [names] if os.path.isdir(names) else names.split(",")
     if len(folders) not in (1, num_agents):
         raise InputError(f"--model {names} names {len(folders)} models for {num_agents} agents.")
@@ -223,7 +218,7 @@ def load_models(names, task, max_new_tokens, *options):
     if tiny in folders and (not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
         path = Path(tiny, "trained_on.txt")
         if not path.exists() or path.read_text() != training_checksum(task):
-            if os.path.isdir(tiny):
+            if path.exists():
                 print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew")
             build_tiny(task, tiny)
     all_gather([])  # barrier: the other ranks wait for the build
@@ -231,10 +226,8 @@ def load_models(names, task, max_new_tokens, *options):
     for i, lm in enumerate(lms := [bases[folder] for folder in folders]):
         longest = max(len(lm.render(history(task, Episode(item), i))) for item in task.eval_items)
         if longest + max_new_tokens > lm.context:
-            raise InputError(f"A prompt of {task.name} has {longest} tokens; with {max_new_tokens} new ones it does "
-                             f"not fit into the {lm.context} tokens that {lm.folder} can read.")
-    for lm in bases.values():
-        lm.check()
+            raise InputError(f"{lm.folder} reads {lm.context} tokens; a prompt of {task.name} has {longest}, and "
+                             f"{max_new_tokens} new ones must have room.")
     return lms
 
 
@@ -319,7 +312,7 @@ def sample(logits, uniforms, temperature, top_p):
 def packed_attention(module, query, key, value, attention_mask, packed=None, sliding_window=None, **options):
     """transformers' SDPA; of a packed row (LanguageModel.pack) each sequence attends to its own path alone.
 
-    query: (1, heads, T, D); packed: for each sequence how many of its tokens are new in it, and its path (K,).
+    query: (1, heads, T, D); packed: for each sequence how many of its tokens are new, and its path (K,).
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -333,7 +326,6 @@ def packed_attention(module, query, key, value, attention_mask, packed=None, sli
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, 1), None
 
-
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
@@ -345,7 +337,7 @@ class LanguageModel:
     """
 
     def __init__(self, folder, device="cpu", rank=16, gradient_checkpointing=False, compiled=False):
-        self.folder, self.device, self.rank, self.peft = folder, device, rank, None
+        self.folder, self.device, self.rank = folder, device, rank
         try:
             self.tokenizer, end, self.has_system_role = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -374,6 +366,7 @@ class LanguageModel:
             for module in self.causal_lm.modules():  # transformers' own works only in training mode, with dropout
                 if isinstance(module, GradientCheckpointingLayer):
                     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        self.check()
 
     def add_adapter(self, name, folder=None):
         """Add a new LoRA adapter, or one that is saved in a folder, under this name; returns its parameters (fp32).
@@ -383,10 +376,8 @@ class LanguageModel:
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         try:
             config = LoraConfig.from_pretrained(folder) if folder else config
-            if self.peft is None:
-                self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
-            else:
-                self.peft.add_adapter(name, config)
+            self.peft.add_adapter(name, config)
+            self.peft.set_adapter(name)
             if folder is not None:
                 self.check_base(folder)
                 loaded = set_peft_model_state_dict(self.peft, load_peft_weights(folder, self.device), name)
@@ -394,10 +385,7 @@ class LanguageModel:
                     raise ValueError(f"its weights do not fit, such as {wrong[0]}")
         except Exception as error:  # a third-party adapter can fail in any way
             raise InputError(f"{folder or name} is no adapter of {self.folder}: {first_line(error)}") from None
-        parameters = [p for key, p in self.causal_lm.named_parameters() if f".{name}." in key]
-        for p in parameters:
-            p.requires_grad_(True)
-        return parameters
+        return [p for key, p in self.causal_lm.named_parameters() if f".{name}." in key]
 
     def check_base(self, folder):
         """Raise InputError if the adapter in folder was saved with another base (by fingerprint)."""
@@ -410,8 +398,8 @@ class LanguageModel:
         """Raise InputError unless sampling, updates and plain PEFT agree: unusual architectures break assumptions."""
         prompts = [self.render([{"role": "user", "content": text}]) for text in ("one", "one", "one two three")]
         try:
-            for p in self.add_adapter("check"):
-                torch.nn.init.normal_(p, std=0.02)
+            self.peft = get_peft_model(self.causal_lm, LoraConfig(
+                target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"), "check")  # random A and B
             tokens, sampled, _ = self.generate("check", prompts, torch.tensor([[0.1, 0.8], [0.9, 0.2], [0.6, 0.5]]))
             recomputed, _ = self.logprobs("check", prompts, tokens)
             recomputed.sum().backward()
@@ -430,8 +418,7 @@ class LanguageModel:
         except Exception as error:  # an unsupported model can fail in any way
             raise InputError(f"{self.folder}, a model of type {self.causal_lm.config.model_type}, does not work here: "
                              f"{first_line(error)}") from None
-        self.peft.unload()
-        self.peft = None
+        self.peft.delete_adapter("check")
 
     def render(self, messages, max_tokens=math.inf):
         """Token ids of a history in the model's chat template, with the generation prompt; thinking is disabled.
@@ -455,9 +442,9 @@ class LanguageModel:
     def generate(self, name, prompts, uniforms, temperature=1.0, top_p=1.0):
         """Sample one answer of an adapter to each prompt: (tokens, logps, texts), three lists of length B.
 
-        prompts: B lists of token ids; uniforms: (B, max_new_tokens) random numbers in [0, 1), one per sampled token, so
-        that an answer does not depend on the other rows of the batch. Answers end with an end token unless they were
-        cut at max_new_tokens. logps are those of the softmax at `temperature`, before top_p truncates it.
+        prompts: B lists of token ids; uniforms: (B, max_new_tokens) random numbers in [0, 1), one per sampled token: an
+        answer does not depend on the other rows. It ends with an end token unless it was cut at max_new_tokens. logps
+        are those of the softmax at `temperature`, before top_p truncates it.
         """
         self.peft.set_adapter(name)
         static, config = self.compiled_step is not None, self.causal_lm.config
@@ -529,26 +516,22 @@ class LanguageModel:
         return logp.gather(1, sampled[:, None])[:, 0], entropy
 
     def adapter_state(self):
-        """A copy of all adapters' weights, for train_state.pt."""
-        return {key: p.detach().clone() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
+        """All adapters' weights by name, for train_state.pt."""
+        return {key: p.detach() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
 
     def load_adapter_state(self, state):
-        """Load all adapters' weights from what adapter_state returned; InputError unless these are all there."""
-        own = {key: p for key, p in self.causal_lm.named_parameters() if "lora_" in key}
-        if wrong := [key for key in own if key not in state or state[key].shape != own[key].shape]:
-            raise InputError(f"the saved state lacks the adapters of this model: {wrong[0]}")
-        for key, p in own.items():
-            p.data.copy_(state[key])
+        """Load all adapters' weights from what adapter_state returned; InputError unless they are all there."""
+        own = self.adapter_state()
+        if not own or any(key not in state or state[key].shape != own[key].shape for key in own):
+            raise InputError(f"the saved state does not hold the adapters that {self.folder} has here.")
+        for key, weights in own.items():
+            weights.copy_(state[key])
 
     def save_adapter(self, name, out_dir):
         """Save out_dir/name/ in PEFT's format, with the base's fingerprint."""
-        def save(folder):
-            self.peft.save_pretrained(folder, selected_adapters=[name])
-            for file in os.listdir(os.path.join(folder, name)):
-                os.rename(os.path.join(folder, name, file), os.path.join(folder, file))
-            os.rmdir(os.path.join(folder, name))
-            Path(folder, "base.json").write_text(json.dumps({"model": self.folder, "fingerprint": self.fingerprint}))
-        save_folder(os.path.join(out_dir, name), save)
+        save_folder(os.path.join(out_dir, name), lambda path: (
+            self.peft.save_pretrained(path, selected_adapters=[name]), Path(path, "base.json").write_text(
+                json.dumps({"model": self.folder, "fingerprint": self.fingerprint}))))
 
 # --- decentralised execution ------------------------------------------------------------------------------------------
 
@@ -569,8 +552,7 @@ def play(task, item, agents):
     episode = Episode(item)
     while len(episode.turns) < task.num_turns and not (episode.turns and episode.turns[-1].outcome.done):
         for i, agent in enumerate(agents):
-            with contextlib.suppress(BrokenPipeError):  # it has died; its silence says so below
-                print(json.dumps(history(task, episode, i)), file=agent.stdin, flush=True)
+            print(json.dumps(history(task, episode, i)), file=agent.stdin, flush=True)
         lines = [agent.stdout.readline() for agent in agents]
         if "" in lines:
             raise InputError(f"agent_{lines.index('')} has died; what it said is above.")
@@ -590,7 +572,7 @@ def main():
     parser.add_argument("--merge", metavar="FOLDER", help="instead, save merged models FOLDER/agent_0, ...")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process and its agents without a traceback
-    with exit_on_error(parser):
+    with exit_on_error():
         init_distributed(args.device)  # checks that the device exists
         config = read_config(args.out_dir)
         if args.agent is not None:
@@ -606,12 +588,10 @@ def main():
                 print(f"{target} is {folder} with {adapter} merged into it")
             return
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
-        if args.string is not None and config["task"] != "strbuild":
-            raise InputError(f"--string is for strbuild; this team plays {config['task']}.")
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
-        pipes, command = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}, [sys.executable, __file__, *sys.argv[1:]]
-        episode = play(task, item, [subprocess.Popen([*command, "--agent", str(i)], text=True, **pipes)
-                                    for i in range(task.num_agents)])
+        agents = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--agent", str(i)], text=True, bufsize=1,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE) for i in range(task.num_agents)]
+        episode = play(task, item, agents)
     print(dialogue(task, episode, sys.stdout.isatty()))
     print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns")
 

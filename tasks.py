@@ -41,7 +41,7 @@ import ast
 import collections
 import contextlib
 import copy
-import difflib
+import fcntl
 import itertools
 import json
 import math
@@ -59,6 +59,7 @@ import zlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean as mean
 
 from tqdm import tqdm
 
@@ -141,17 +142,13 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def exit_on_error(parser):
+def exit_on_error():
     """A user's error in this block ends the script with one sentence and exit code 2; bugs keep their traceback."""
     try:
         yield
-    except ImportError as error:
-        parser.exit(2, f"error: this needs a package: pip install {error.name}\n")
-    except Exception as error:
-        if not isinstance(error, (InputError, OSError, FloatingPointError)) and not type(error).__module__.startswith(
-                "wandb."):
-            raise
-        tqdm.write(f"error: {error}", file=sys.stderr)  # below a progress bar, not behind it
+    except (InputError, OSError, FloatingPointError, ImportError) as error:
+        package = f" (pip install {error.name})" if isinstance(error, ImportError) else ""
+        tqdm.write(f"error: {error}{package}", file=sys.stderr)  # below a progress bar, not behind it
         sys.exit(2)
 
 
@@ -161,12 +158,6 @@ def minibatches(episodes, group_size, num_minibatches, rng):
     rng.shuffle(groups)
     size = -(-len(groups) // num_minibatches)  # rounded up
     return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
-
-
-def mean(numbers):
-    """Mean of an iterable of numbers; 0 if it is empty."""
-    numbers = list(numbers)
-    return sum(numbers) / max(1, len(numbers))
 
 
 def summary(episodes, prefix, gamma, ends):
@@ -1230,27 +1221,24 @@ def read_jsonl(path, check):
     cannot be opened.
     """
     items = {"train": [], "eval": []}
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # invalid bytes become surrogates
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or record.get("split", "train") not in ("train", "eval"):
-                    raise InputError('a line must be a JSON object whose "split", if any, is "train" or "eval"')
-                if typos := {*difflib.get_close_matches("split", record, cutoff=0.8)} - {"split"}:  # would train on it
-                    raise InputError(f'it has a key "{min(typos)}"; did you mean "split"?')
-                json.dumps(record, ensure_ascii=False).encode()
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text.") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            if line.strip() and (not isinstance(record, dict) or record.get("split", "train") not in items):
+                raise InputError('a line must be one whole JSON object whose "split", if any, is "train" or "eval"')
+            if record:
                 items[record.get("split", "train")].append(check(record))
-            except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number}: this is not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:  # name the faulty line of the user's file
-                raise InputError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: of JSON
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not one JSON object per line: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
     if not items["train"]:
         raise InputError(f"{path} has no training line.")
-    train = {json.dumps(item, sort_keys=True) for item in items["train"]}
-    shared = [item for item in items["eval"] if json.dumps(item, sort_keys=True) in train]
-    if shared:
+    if shared := [item for item in items["eval"] if item in items["train"]]:
         raise InputError(f"{path}: {shared[0]} is both a training line and a held-out line.")
     return items["train"], items["eval"]
 
@@ -1319,88 +1307,83 @@ class Run:
 
     What log.jsonl and samples.txt hold is a part of train_state.pt: --resume writes them anew, as of the last save.
     """
-    # settings that --resume may change (with another number of steps the learning rate follows another schedule)
-    resume_may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "wandb", "out_dir",
-                         "device", "threads", "micro_batch", "gradient_checkpointing", "compile"}
+    # what --resume may change (with another number of steps the learning rate follows another schedule)
+    may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
+                  "threads", "micro_batch", "gradient_checkpointing", "compile"}
     eval_must_match = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
-    made_here = r"agent_\d+|critic(_\d+)?|log\.jsonl|samples\.txt|train_state\.pt|\.saving-.*|.*\.part"
+    own_files = r"(agent_\d+|critic(_\d+)?|config.json|log.jsonl|samples.txt|train_state.pt)(\.part)?|\.saving-.*"
 
     def __init__(self, args, rank):
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
-        args.out_dir = args.out_dir or os.path.join("out", f"{args.algorithm}-{args.task}")
+        folder = args.out_dir = args.out_dir or os.path.join("out", f"{args.algorithm}-{args.task}")
         self.args, self.rank, self.lines, self.samples, self.interrupts = args, rank, [], [], []
-        self.state_path = os.path.join(args.out_dir, "train_state.pt")
-        signal.signal(signal.SIGINT, lambda *_: (print("interrupted: there was nothing to save yet"), sys.exit(130)))
+        self.state_path, config_path = (os.path.join(folder, name) for name in ("train_state.pt", "config.json"))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: there was nothing to save yet"))
         if args.batch_size % args.group_size:
             raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
-        if args.batch_size * args.ranks == 1:
-            raise InputError("an advantage compares the episodes of a step: batch_size must be at least 2.")
-        if getattr(args, "baseline", "none") != "none" and args.group_size == 1:
-            raise InputError(f"--baseline {args.baseline} compares episodes of a group: group_size must be at least 2.")
+        if args.batch_size * args.ranks == 1 or getattr(args, "baseline", "none") != "none" and args.group_size == 1:
+            raise InputError("advantages compare episodes: batch_size, and group_size with a baseline, must exceed 1.")
         if args.resume + args.overwrite + args.eval_only > 1:
             raise InputError("--resume, --overwrite and --eval_only exclude each other.")
-        self.check_folder()
-        if args.wandb:
-            import wandb
-            self.wandb = wandb
-
-    def check_folder(self):
-        args = self.args
-        if os.path.exists(os.path.join(args.out_dir, "config.json")):
-            saved = read_config(args.out_dir)
-            if not (args.resume or args.overwrite or args.eval_only):
-                raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
-            if not args.overwrite and os.path.isdir(os.path.join(args.out_dir, "agent_0")) and not os.path.exists(
-                    self.state_path):
-                raise InputError(f"{args.out_dir} has agents but no train_state.pt, which training and evaluation need.")
-            changes = {key: f"{key} {saved[key]!r} -> {value!r}" for key, value in vars(args).items()
-                       if key not in self.resume_may_change and saved.get(key, value) != value}
-            wrong = [change for key, change in changes.items() if args.resume or key in self.eval_must_match]
-            if wrong and not args.overwrite:
-                raise InputError(f"{args.out_dir} was made with other settings: {', '.join(wrong)}.")
-            if changes and args.eval_only:
-                print(f"The team was trained with other settings: {', '.join(changes.values())}.")
+        if os.path.exists(config_path):
+            self.compare(read_config(folder))
         elif args.resume:
-            raise InputError(f"There is no run to resume in {args.out_dir}.")
-        elif os.path.isdir(args.out_dir) and not all(re.fullmatch(self.made_here, name) for name in
-                                                     os.listdir(args.out_dir)):
-            raise InputError(f"{args.out_dir} is not empty and holds no run; choose another --out_dir.")
+            raise InputError(f"There is no run to resume in {folder}.")
+        elif os.path.exists(folder) and not all(re.fullmatch(self.own_files, name) for name in os.listdir(folder)):
+            raise InputError(f"{folder} is not empty and holds no run; choose another --out_dir.")
         elif args.eval_only:
-            print(f"There is no run in {args.out_dir}: this evaluates the untrained team.")
+            print(f"There is no run in {folder}: this evaluates the untrained team.")
+        if not args.eval_only and not rank:
+            os.makedirs(folder, exist_ok=True)
+            self.lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends, however it does
+            except BlockingIOError:
+                raise InputError(f"another process is training in {folder}.") from None
+
+    def compare(self, saved):
+        """Raise InputError unless the run in the folder, with these settings, may be continued, evaluated or deleted."""
+        args, folder = self.args, self.args.out_dir
+        if not (args.resume or args.overwrite or args.eval_only):
+            raise InputError(f"{folder} holds another run; use --resume, --overwrite or another --out_dir.")
+        if os.path.isdir(os.path.join(folder, "agent_0")) and not (args.overwrite or os.path.exists(self.state_path)):
+            raise InputError(f"{folder} has agents but no train_state.pt, which training and evaluation need.")
+        changes = {key: f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
+                   if key not in self.may_change and saved.get(key) != value}
+        wrong = [change for key, change in changes.items() if args.resume or key in self.eval_must_match]
+        if wrong and not args.overwrite:
+            raise InputError(f"{folder} was made with other settings: {', '.join(wrong)}.")
+        if changes and args.eval_only:
+            print(f"The team was trained with other settings: {', '.join(changes.values())}.")
 
     def open(self):
-        """Make the folder, delete the files of an overwritten run and the remains of a killed one, write config.json."""
+        """Delete the files of an overwritten run and the remains of a killed one, and write config.json."""
         args = self.args
         if args.eval_only or self.rank:
             return
-        self.check_folder()  # once more: another run may have started here while the tiny base was built
-        os.makedirs(args.out_dir, exist_ok=True)
         for name in os.listdir(args.out_dir):
             path = os.path.join(args.out_dir, name)
-            if re.fullmatch(self.made_here, name) and (args.overwrite or name.startswith(".saving") or ".part" in name):
+            if name.startswith(".saving") or args.overwrite and re.fullmatch(self.own_files, name):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
         write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
-        if args.wandb:
-            self.wandb.init(project="nanocollm", name=os.path.basename(args.out_dir), config=vars(args))
 
-    def load(self, keys, device):
+    def load(self, keys):
         """What save() saved, for --resume and --eval_only; None if there is nothing yet."""
         import torch  # `python tasks.py` needs none
-        if (self.args.resume or self.args.eval_only) and os.path.exists(self.state_path):
+        saved, args = None, self.args
+        if (args.resume or args.eval_only) and os.path.exists(self.state_path):
             try:
-                saved = torch.load(self.state_path, map_location=device, weights_only=True)  # runs no code of the file's
-            except Exception as error:  # a truncated file can raise anything
-                raise InputError(f"{self.state_path} cannot be read: {first_line(error)}") from None
-            if missing := {*keys, "lines", "samples"} - saved.keys():
-                raise InputError(f"{self.state_path} cannot be used: it has no {min(missing)!r}.")
-            print(f"{self.args.out_dir} was saved at step {saved['progress']['step']}")
+                saved = torch.load(self.state_path, map_location=args.device, weights_only=True)  # runs no code in it
+                if missing := {*keys, "lines", "samples"} - saved.keys():
+                    raise ValueError(f"it has no {min(missing)!r}")
+            except Exception as error:  # a damaged file can raise anything
+                raise InputError(f"{self.state_path} cannot be used: {first_line(error)}") from None
+            print(f"{args.out_dir} was saved at step {saved['progress']['step']}")
             self.lines, self.samples = saved["lines"], saved["samples"]
-        else:
-            saved = None
-        if self.args.resume and not self.rank:
-            for name, entries in ("log.jsonl", self.lines), ("samples.txt", self.samples):
-                write_text(os.path.join(self.args.out_dir, name), "".join(entries))
+        if args.resume and not self.rank:
+            write_text(os.path.join(args.out_dir, "log.jsonl"), "".join(self.lines))
+            write_text(os.path.join(args.out_dir, "samples.txt"), "".join(self.samples))
         return saved
 
     def save(self, state):
@@ -1410,22 +1393,19 @@ class Run:
 
     def log(self, line, samples=()):
         """Append a line to log.jsonl and texts to samples.txt."""
-        if self.rank:
-            return
-        self.lines.append(json.dumps(line) + "\n")
-        self.samples += [f"=== step {line['step']}, {text}\n" for text in samples]
-        for name, new in ("log.jsonl", self.lines[-1:]), ("samples.txt", self.samples[len(self.samples) - len(samples):]):
-            with open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
-                file.write("".join(new))
-        if self.args.wandb:
-            self.wandb.log(line, step=line["step"])
+        samples, lines = [f"=== step {line['step']}, {text}\n" for text in samples], [json.dumps(line) + "\n"]
+        for name, kept, new in ("log.jsonl", self.lines, lines), ("samples.txt", self.samples, samples):
+            kept += new
+            if not self.rank:
+                with open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
+                    file.writelines(new)
 
     def catch_interrupts(self):
         """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill self.interrupts; a second one kills."""
         def handler(signum, _):
             signal.signal(signum, signal.SIG_DFL)
             self.interrupts.append(signum)
-            if self.rank == 0:  # os.write, because print may be what was interrupted
+            if not self.rank:  # os.write, because print may be what was interrupted
                 os.write(2, b"\ninterrupted: what is under way will be finished and saved; once more stops at once\n")
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, handler)
@@ -1454,7 +1434,7 @@ def main():
     parser.add_argument("--svg", metavar="FILE", help="strbuild, housebuild: also write the world as a picture")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    with exit_on_error(parser):
+    with exit_on_error():
         task = get_task(args.task, num_agents=args.num_agents)
         episode = Episode(rng.choice(task.train_items))
         responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]

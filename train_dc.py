@@ -81,14 +81,13 @@ group.add_argument("--save_every", type=natural, default=5, help="steps between 
 group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
 group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
 group.add_argument("--eval_only", action="store_true", help="evaluate the agents in out_dir, or the raw model if none")
-group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 args = parser.parse_args()
 args.algorithm = ALGORITHM
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
 
 start_time = time.time()
-with exit_on_error(parser):
+with exit_on_error():
     rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name) is None})
@@ -119,8 +118,8 @@ critic_optimizer = torch.optim.AdamW(sum((c.weights for c in critics), []), args
 
 stateful = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer} | {c.name: c for c in critics}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "inputs/truncated": 0}
-with exit_on_error(parser):
-    if saved := run.load({*stateful, "adapters", "rng", "generator", "progress"}, args.device):
+with exit_on_error():
+    if saved := run.load({*stateful, "adapters", "rng", "generator", "progress"}):
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
@@ -135,7 +134,7 @@ with exit_on_error(parser):
 def save():
     """train_state.pt, written first, is all that --resume needs; the adapter folders are what the agents need."""
     if rank == 0:
-        with exit_on_error(parser):
+        with exit_on_error():
             run.save({name: module.state_dict() for name, module in stateful.items()} | {
                 "adapters": {key: weights for lm in lms for key, weights in lm.adapter_state().items()},
                 "rng": rng.getstate(), "generator": generator.get_state(), "progress": progress})
@@ -306,7 +305,7 @@ for step in bar:
     items = [rng.choice(task.train_items) for _ in range(args.batch_size * args.ranks // args.group_size)]
     episodes = rollout([item for item in items for _ in range(args.group_size)], generator)
     t1 = time.time()
-    with exit_on_error(parser):
+    with exit_on_error():
         stats = set_advantages(episodes) | update_critics(episodes) | update_actors(episodes)
     t2 = time.time()
     new_tokens = sum(len(tokens) for e in episodes for turn in e.turns for tokens in turn.tokens)
