@@ -230,7 +230,7 @@ def main():
     parser.add_argument("--algorithms", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="default all")
     parser.add_argument("--turns", nargs="+", type=int, default=[1, 4], help="default 1 4")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, on idle cores (default 2)")
     parser.add_argument("--model", help="on a GPU: a folder (results/scaling.py --build) instead of the small Llama")
     parser.add_argument("--small", action="store_true", help="a toy of everything, once, to see whether it works")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
