@@ -1311,13 +1311,13 @@ class Run:
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
                   "threads", "micro_batch", "gradient_checkpointing", "compile"}
     eval_must_match = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
-    own_files = r"(agent_\d+|critic(_\d+)?|config.json|log.jsonl|samples.txt|train_state.pt)(\.part)?|\.saving-.*"
+    own_files = r"agent_\d+|critic(_\d+)?|(config.json|log.jsonl|samples.txt|train_state.pt)(\.part)?|\.saving-.*"
 
     def __init__(self, args, rank):
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
         folder = args.out_dir = args.out_dir or os.path.join("out", f"{args.algorithm}-{args.task}")
         self.args, self.rank, self.lines, self.samples, self.interrupts = args, rank, [], [], []
-        self.state_path, config_path = (os.path.join(folder, name) for name in ("train_state.pt", "config.json"))
+        self.config_path, self.state_path = (os.path.join(folder, name) for name in ("config.json", "train_state.pt"))
         signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: there was nothing to save yet"))
         if args.batch_size % args.group_size:
             raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
@@ -1325,54 +1325,48 @@ class Run:
             raise InputError("advantages compare episodes: batch_size, and group_size with a baseline, must exceed 1.")
         if args.resume + args.overwrite + args.eval_only > 1:
             raise InputError("--resume, --overwrite and --eval_only exclude each other.")
-        if os.path.exists(config_path):
-            self.compare(read_config(folder))
+        if os.path.exists(self.config_path):
+            self.check_settings(read_config(folder))
         elif args.resume:
-            raise InputError(f"There is no run to resume in {folder}.")
-        elif os.path.exists(folder) and not all(re.fullmatch(self.own_files, name) for name in os.listdir(folder)):
-            raise InputError(f"{folder} is not empty and holds no run; choose another --out_dir.")
+            raise InputError(f"There is no run in {folder}.")
         elif args.eval_only:
             print(f"There is no run in {folder}: this evaluates the untrained team.")
+        elif os.path.exists(folder) and not all(re.fullmatch(self.own_files, name) for name in os.listdir(folder)):
+            raise InputError(f"{folder} is not empty and holds no run; choose another --out_dir.")
         if not args.eval_only and not rank:
             os.makedirs(folder, exist_ok=True)
-            self.lock = os.open(folder, os.O_RDONLY)
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends, however it does
+                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends
             except BlockingIOError:
                 raise InputError(f"another process is training in {folder}.") from None
 
-    def compare(self, saved):
-        """Raise InputError unless the run in the folder, with these settings, may be continued, evaluated or deleted."""
-        args, folder = self.args, self.args.out_dir
+    def check_settings(self, saved):
+        args = self.args
         if not (args.resume or args.overwrite or args.eval_only):
-            raise InputError(f"{folder} holds another run; use --resume, --overwrite or another --out_dir.")
-        if os.path.isdir(os.path.join(folder, "agent_0")) and not (args.overwrite or os.path.exists(self.state_path)):
-            raise InputError(f"{folder} has agents but no train_state.pt, which training and evaluation need.")
-        changes = {key: f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
-                   if key not in self.may_change and saved.get(key) != value}
-        wrong = [change for key, change in changes.items() if args.resume or key in self.eval_must_match]
-        if wrong and not args.overwrite:
-            raise InputError(f"{folder} was made with other settings: {', '.join(wrong)}.")
-        if changes and args.eval_only:
-            print(f"The team was trained with other settings: {', '.join(changes.values())}.")
+            raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
+        keys = self.eval_must_match if args.eval_only else vars(args).keys() - self.may_change
+        changes = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
+                   if key in keys and saved.get(key) != value]
+        if changes and not args.overwrite:
+            raise InputError(f"{args.out_dir} was made with other settings: {', '.join(changes)}.")
 
     def open(self):
         """Delete the files of an overwritten run and the remains of a killed one, and write config.json."""
-        args = self.args
-        if args.eval_only or self.rank:
+        if self.args.eval_only or self.rank:
             return
-        for name in os.listdir(args.out_dir):
-            path = os.path.join(args.out_dir, name)
-            if name.startswith(".saving") or args.overwrite and re.fullmatch(self.own_files, name):
+        for name in os.listdir(self.args.out_dir):
+            path = os.path.join(self.args.out_dir, name)
+            if name.startswith(".saving") or self.args.overwrite and re.fullmatch(self.own_files, name):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
-        write_text(os.path.join(args.out_dir, "config.json"), json.dumps(vars(args) | {"versions": versions}, indent=2))
+        write_text(self.config_path, json.dumps(vars(self.args) | {"versions": versions}, indent=2))
 
     def load(self, keys):
         """What save() saved, for --resume and --eval_only; None if there is nothing yet."""
         import torch  # `python tasks.py` needs none
         saved, args = None, self.args
-        if (args.resume or args.eval_only) and os.path.exists(self.state_path):
+        started = os.path.exists(self.state_path) or os.path.isdir(f"{args.out_dir}/agent_0")  # the latter come second
+        if started and (args.resume or args.eval_only):
             try:
                 saved = torch.load(self.state_path, map_location=args.device, weights_only=True)  # runs no code in it
                 if missing := {*keys, "lines", "samples"} - saved.keys():
