@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 
-METHODS = {"cc": "CoLLM-CC", "dc": "CoLLM-DC", "group": "MAGRPO", "tree": "MAGRPO, tree", "none": "MAREINFORCE",
+METHODS = {"cc": "CoLLM-CC", "dc": "CoLLM-DC", "group": "MAGRPO", "none": "MAREINFORCE",
            "grpo": "GRPO, one agent", "cc1": "CoLLM-CC, lambda 1"}
 SETTINGS = {"one": "1 turn", "official": "4 turns, dense, rebuilt (official)", "persistent": "4 turns, sparse, persistent"}
 
@@ -103,7 +103,7 @@ def draw(runs, path):
     figure, axes = pyplot.subplots(1, len(runs), figsize=(13, 4), layout="constrained")
     for axis, (setting, methods) in zip(axes, runs.items()):
         for (method, seeds), color in zip(methods.items(), [
-                "#c8102e", "#1f77b4", "#2ca02c", "#17becf", "#8c8c8c", "#9467bd", "#ff9d4d"]):
+                "#c8102e", "#1f77b4", "#2ca02c", "#8c8c8c", "#9467bd", "#ff9d4d"]):
             if len(seeds) < 2:
                 continue
             steps = list(zip(*[lines for lines, _, _ in seeds]))  # [step][seed]

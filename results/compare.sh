@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of the README's comparison: three settings, seven methods, five seeds; up to 64 joint actions a step.
+# The runs of the README's comparison: three settings, six methods, five seeds; up to 64 joint actions a step.
 # Two runs at a time on one thread each, well over an hour on 2 cores. Then: python results/compare.py
 # Learning rates are those of the best return of four (persistent) or two (official) trial runs per method (NOTES.md).
 set -euo pipefail
@@ -18,14 +18,12 @@ run() {
         cc1) method="train_cc.py --critic_lr 1e-3 --lam 1" ;;
         dc) method="train_dc.py --critic_lr 1e-3" ;;
         group) method="train_mc.py" ;;
-        tree) method="train_mc.py --tree --group_size 2 --batch_size 32" ;;
         none) method="train_mc.py --baseline none" ;;
         grpo) method="train_mc.py --num_agents 1" ;;
     esac
     case $1-$2 in
         persistent-cc) lr=2.5e-4 ;;
         persistent-cc1 | one-none | official-none) lr=1e-3 ;;
-        persistent-tree) lr="5e-4 --steps 64" ;;  # 60 joint actions a step
         persistent-*) lr=5e-4 ;;
         *) lr=2e-3 ;;
     esac
@@ -41,6 +39,6 @@ for world in rebuilt persistent; do  # builds the tiny bases
 done
 for seed in 1 2 3 4 5; do
     for setting in one official persistent; do
-        for method in cc dc group tree none grpo cc1; do echo $setting $method $seed; done
+        for method in cc dc group none grpo cc1; do echo $setting $method $seed; done
     done
-done | grep -v "one cc1\|one tree\|official cc1" | xargs -P 2 -L 1 bash -c 'run "$@"' run
+done | grep -v "one cc1\|official cc1" | xargs -P 2 -L 1 bash -c 'run "$@"' run
