@@ -99,7 +99,7 @@ def speed(folder, compiled, prompt=900, answer=512, rows=8):
     """Print the milliseconds of a sampled token of two agents, `rows` rows each, and of updates of 1, 2, 4, 8 rows."""
     lm = LanguageModel(folder, DEVICE, compiled=compiled)
     lm.add_adapter("agent_0"), lm.add_adapter("agent_1")
-    lm.end = -1  # no answer ends early
+    lm.ends = {-1}  # no answer ends early
     output = lm.causal_lm.get_output_embeddings().weight
     prompts, answers = (torch.randint(len(output), (max(rows, 8), n)).tolist() for n in (prompt, answer))
 
