@@ -36,6 +36,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -150,10 +151,7 @@ def training_checksum(task):
 
 
 def save_folder(folder, save):
-    """Call save(temporary folder), then move its files to `folder`, one by one: no reader sees an incomplete file.
-
-    Files get the modes of the umask: safetensors' own are readable by their owner alone.
-    """
+    """Call save(temporary folder), then move its files to `folder`, one by one: no reader sees an incomplete file."""
     parent, umask = os.path.dirname(folder) or ".", os.umask(0)
     os.umask(umask)
     try:
@@ -163,7 +161,7 @@ def save_folder(folder, save):
             os.makedirs(folder, exist_ok=True)
             files = [path for path in Path(build).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
-                path.chmod(0o666 & ~umask)
+                path.chmod(0o666 & ~umask)  # safetensors' own mode hides it from other users
                 path.replace(Path(folder, path.name))
     except Exception as error:  # a full disk: safetensors has an exception of its own
         raise OSError(f"{folder} cannot be written: {first_line(error)}") from None
@@ -211,8 +209,7 @@ def model_folders(names, num_agents, base):
 def load_models(names, task, max_new_tokens, *options):
     """The LanguageModel of each agent; agents with the same folder share one object, so its weights are loaded once.
 
-    The tiny base is built if it is missing or was trained on other demonstrations than the task's present ones. Raises
-    InputError if a model cannot be loaded, fails its check, or has no room for a first prompt and max_new_tokens.
+    The tiny base is built if it is missing or was trained on other demonstrations than the task's present ones.
     """
     folders, tiny = model_folders(names, task.num_agents, task.base), os.path.join("out", f"tiny-{task.base}")
     if tiny in folders and (not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
@@ -241,10 +238,10 @@ def memory_gb(device):
 # --- several GPUs or machines -----------------------------------------------------------------------------------------
 
 def init_distributed(device):
-    """(rank, world size, device) under torchrun, where it joins the process group; otherwise (0, 1, device).
+    """(rank, world size, device); under torchrun it joins the process group.
 
-    Data parallelism: every rank draws the same random numbers, plays its shard of the episodes, gets all of them, and
-    computes the gradients of its shard of each minibatch: N ranks with N x B episodes in all update as one rank would.
+    Every rank draws the same random numbers, plays its shard of the episodes, gets all of them, and computes its shard
+    of each minibatch's gradient: N ranks with N x B episodes in all update as one rank would.
     """
     if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -355,6 +352,7 @@ class LanguageModel:
         self.context = (rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
                         ) or getattr(config, "max_position_embeddings", None) or 10 ** 9
         self.truncated = 0  # inputs that were truncated on the left
+        self.is_small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7
         probe = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
         self.fingerprint = zlib.crc32(probe.bfloat16().cpu().view(torch.int16).numpy().tobytes())
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
@@ -438,7 +436,16 @@ class LanguageModel:
         self.truncated += len(ids) > max_tokens
         return ids[-max(1, min(len(ids), max_tokens)):]
 
-    @torch.no_grad()
+    def merge(self, name):
+        """Use this adapter, added to copies of small weights (samples 1.3 times faster); returns {layer: its weight}."""
+        self.peft.set_adapter(name)
+        layers = [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)] * self.is_small
+        weights = {layer: layer.get_base_layer().weight.data for layer in layers}
+        for layer in layers:
+            layer.merge(safe_merge=True)  # safe: into a copy
+        return weights
+
+    @torch.inference_mode()
     def generate(self, name, prompts, uniforms, temperature=1.0, top_p=1.0):
         """Sample one answer of an adapter to each prompt: (tokens, logps, texts), three lists of length B.
 
@@ -446,7 +453,7 @@ class LanguageModel:
         answer does not depend on the other rows. It ends with an end token unless it was cut at max_new_tokens. logps
         are those of the softmax at `temperature`, before top_p truncates it.
         """
-        self.peft.set_adapter(name)
+        weights = self.merge(name)
         static, config = self.compiled_step is not None, self.causal_lm.config
         distinct = prompts if static else [prompt for prompt, _ in itertools.groupby(prompts)]  # each is read once
         copies = [k for k, (_, same) in enumerate(itertools.groupby(prompts)) for _ in same]
@@ -478,6 +485,8 @@ class LanguageModel:
                 cache.batch_select_indices(index)
                 token, mask, position = token[index], mask[index], position[index]
             ids, position = token[:, None], position[:, -1:] + 1  # (rows that still run, 1)
+        for layer, weight in weights.items():  # not PEFT's unmerge, which leaves rounding errors in the base
+            layer.get_base_layer().weight.data, layer.merged_adapters = weight, []
         return tokens, logps, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def pack(self, sequences, first):

@@ -274,7 +274,7 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started, episodes = time.time(), []
-    size = args.batch_size * args.ranks * (4 if args.model == "tiny" else 1)  # at once; a small model has the room
+    size = args.batch_size * args.ranks * (8 if args.model == "tiny" else 1)  # at once; a small model has the room
     eval_generator = torch.Generator().manual_seed(1234)
     for k in range(0, len(task.eval_items), size):
         episodes += rollout(task.eval_items[k:k + size], eval_generator)
