@@ -485,16 +485,18 @@ class Task:
         raise InputError(f"{self.name} has no picture.")
 
 
+def draw_habit(habits, rng):
+    """A habit of a sloppy expert, drawn from {habit: weight}."""
+    return rng.choices(list(habits), habits.values())[0]
+
+
+def choose(habit, parts, first, last, rng):
+    """The parts of the work that a habit does: ("odd", [1, 2, 3], [1], [3], rng) gives [1, 3]."""
+    return {"none": [], "all": parts, "odd": parts[::2], "even": parts[1::2], "first": first, "last": last,
+            "some": [part for part in parts if rng.random() < 0.5]}[habit]
+
+
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
-
-
-def cells_by_letter(cells):
-    """{index: the cells of the letter at that index, from the top}; letters are 5 columns wide and 2 columns apart.
-
-    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
-    """
-    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
-    return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
 
 
 class StrBuild(Task):
@@ -509,7 +511,6 @@ class StrBuild(Task):
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
-
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
@@ -517,8 +518,7 @@ class StrBuild(Task):
             self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
-    @staticmethod
-    def check(record):
+    def check(self, record):
         if not isinstance(record.get("string"), str):
             raise InputError('a line needs the key "string", as in {"string": "ICML"}')
         try:
@@ -541,7 +541,6 @@ class StrBuild(Task):
         return item in self.fixed_items or len(item["string"]) > 1 and super().is_held_out(item)
 
     def instructions(self, agent):
-        blocks = " or ".join(self.palettes[agent])
         stay = (f"Blocks stay from turn to turn; a turn has room for {self.max_commands // self.num_agents} of your "
                 "lines. " if self.persistent else "")
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you write a string in blocks on a wall, "
@@ -549,15 +548,10 @@ class StrBuild(Task):
                 "between them; x runs from left to right from 0, y from 0 at the bottom to 4 at the top, z is 0. Fill "
                 "the cells of the letters and no others. Touching blocks of the same kind cost points; every kind "
                 f"must be used. {stay}Answer with lines of the form /setblock x y z block and nothing else; "
-                f"your blocks: {blocks}.")
+                f"your blocks: {' or '.join(self.palettes[agent])}.")
 
     def observation(self, item, agent):
-        return f"Build{self.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
-
-    @staticmethod
-    def letters_text(string, end=""):
-        """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
-        return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(string, 1))
+        return f"Build{sim.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
 
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
@@ -578,17 +572,11 @@ class StrBuild(Task):
             wrong = sorted(set(own) - set(target))
             return f"Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
         if self.persistent:
-            return f"Your {len(own)} blocks:{self.cells_text(item['string'], own)}."
-        return f"The cells:{self.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
-
-    @staticmethod
-    def cells_text(string, cells):
-        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
-        return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
-                       for index, group in cells_by_letter(cells).items())
+            return f"Your {len(own)} blocks:{sim.cells_text(item['string'], own)}."
+        return f"The cells:{sim.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
 
     def draw(self, item, world, color=False):
-        return (sim.draw_ansi if color else sim.draw_text)(sim.wall_plan(sim.string_target(item["string"])), world)
+        return sim.draw(sim.wall_plan(sim.string_target(item["string"])), world, color)
 
     def draw_svg(self, item, world):
         return sim.draw_svg(sim.wall_plan(sim.string_target(item["string"])), world, item["string"])
@@ -621,8 +609,8 @@ class StrBuild(Task):
         in some thirty needs that: without this exercise it knows all shapes long before it stops guessing letters.
         """
         string = self.random_training_item(rng)["string"]
-        answer = self.letters_text(string, "\n")
-        return chat_messages(f"Spell{self.letters_text(string)}.", answer, "Again.", answer)
+        answer = sim.letters_text(string, "\n")
+        return chat_messages(f"Spell{sim.letters_text(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
         """Its habits decide which letters it builds, often none at all, and with which blocks.
@@ -630,10 +618,9 @@ class StrBuild(Task):
         A heading such as " 2:C" precedes each letter. The simulator rejects that line at no cost; naming the letter
         first lets the tiny base look it up once instead of for every cell.
         """
-        letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
-            self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
-        string, palette = item["string"], self.palettes[agent]
-        letters, one, lines = cells_by_letter(sim.target_cells(sim.string_target(string))), rng.choice(palette), []
+        letter_habit = draw_habit(self.letter_habits_persistent if self.persistent else self.letter_habits, rng)
+        block_habit, palette, answer = draw_habit(self.block_habits, rng), self.palettes[agent], ""
+        letters, one = sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
         indices = list(letters)
         if self.persistent:
             chosen = {"none": [], "turn": [turn % len(indices)], "any": [rng.choice(indices)]}[letter_habit]
@@ -643,46 +630,17 @@ class StrBuild(Task):
                     middle = -(-len(cells) // 2)
                     letters[index] = cells[:middle] if upper else cells[middle:]
         else:
-            chosen = {"none": [], "all": indices, "odd": indices[::2], "even": indices[1::2], "first": indices[:1],
-                      "last": indices[-1:], "some": [i for i in indices if rng.random() < 0.5]}[letter_habit]
+            chosen = choose(letter_habit, indices, indices[:1], indices[-1:], rng)
         for index in chosen:
-            lines.append(f" {index + 1}:{string[index]}\n")
+            answer += f" {index + 1}:{item['string'][index]}\n"
             for x, y, z in letters[index]:
                 checker = palette[(x + y) % len(palette)]
                 block = {"one": one, "random": rng.choice(palette), "checker": checker}[block_habit]
-                lines.append(f"/setblock {x} {y} {z} {block}\n")
-        return "".join(lines) or "nothing\n"
+                answer += f"/setblock {x} {y} {z} {block}\n"
+        return answer or "nothing\n"
 
 
 # --- housebuild: fill the boxes of a house ----------------------------------------------------------------------------
-
-
-def house_boxes(layers, inventory):
-    """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
-
-    A box has one kind of block and at most half of all cells of that kind (or it is a single cell), because no agent
-    may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0), (0, 0, 0), "planks"),
-    ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
-    """
-    remaining, boxes = sim.house_target(layers, inventory), []
-    max_size = {block: max(1, count // 2) for block, count in collections.Counter(remaining.values()).items()}
-    for cell in sorted(remaining, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
-        if cell not in remaining:
-            continue
-        block, high = remaining[cell], list(cell)
-        for axis in (0, 2, 1):  # grow as long as the next slice is of the same block
-            while True:
-                corner = [*high[:axis], high[axis] + 1, *high[axis + 1:]]
-                spans = [range(a, b + 1) for a, b in zip(cell, corner)]
-                spans[axis] = [corner[axis]]
-                size = math.prod(b - a + 1 for a, b in zip(cell, corner))
-                if size > max_size[block] or any(remaining.get(c) != block for c in itertools.product(*spans)):
-                    break
-                high = corner
-        for c in itertools.product(*(range(a, b + 1) for a, b in zip(cell, high))):
-            del remaining[c]
-        boxes.append((cell, tuple(high), block))
-    return boxes
 
 
 class HouseBuild(Task):
@@ -712,18 +670,7 @@ class HouseBuild(Task):
                 and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
             raise InputError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
                              f' from {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
-        if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
-            raise InputError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
-        if sum(len(row) for rows in layers.values() for row in rows) > 4096:
-            raise InputError("a house has at most 4096 cells (16 x 16 x 16)")
-        if len({int(y) for y in layers}) < len(layers):
-            raise InputError("two layers of this house have the same height")
-        layers = {int(y): rows for y, rows in layers.items()}
-        sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
-        if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
-            raise InputError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
-                             "hold a block")
-        return {"layers": layers, "inventory": inventory, "spider_attacks": attacks}
+        return {"layers": sim.check_house(layers, inventory), "inventory": inventory, "spider_attacks": attacks}
 
     def instructions(self, agent):
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to "
@@ -733,36 +680,29 @@ class HouseBuild(Task):
                 "attack unless one of you writes the line kill.")
 
     def observation(self, item, agent):
-        limits = sim.block_limits(sim.house_target(item["layers"], item["inventory"]), self.num_agents)
+        layers, inventory = item["layers"], item["inventory"]
+        limits = sim.block_limits(sim.house_target(layers, inventory), self.num_agents)
         blocks = "".join(f" {count} {block}" for block, count in limits.items())
         return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have{blocks}. "
-                f"The house:\n{self.boxes_text(item)}")
-
-    @staticmethod
-    def boxes_text(item):
-        return "".join(f" {k}: %d %d %d %d %d %d {block}\n" % (*low, *high)
-                       for k, (low, high, block) in enumerate(house_boxes(item["layers"], item["inventory"]), 1))
+                f"The house:\n{sim.boxes_text(layers, inventory)}")
 
     def judge(self, item, responses, turn, world=None):
-        layers, inventory = item["layers"], item["inventory"]
+        layers, inventory, feedback = item["layers"], item["inventory"], None
         parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
-        parts["kills"] = sum(None in commands for commands in accepted)
-        target, feedback = sim.house_target(layers, inventory), None
+        parts["kills"] = sum(sim.KILL in commands for commands in accepted)
         if self.feedback_mode == "position":
-            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.boxes_text(item)}"] * self.num_agents
+            boxes = sim.boxes_text(layers, inventory)
+            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{boxes}"] * self.num_agents
         elif self.feedback_mode == "perfect":
-            feedback = []
-            for commands in accepted:
-                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in filter(None, commands)
-                         if any(world.get(cell, "air") == block != target.get(cell, "air") for cell in
-                                itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))]
-                feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
+            target = sim.house_target(layers, inventory)
+            wrong = [sim.wrong_fills(commands, world, target) for commands in accepted]
+            feedback = [f"Turn {turn + 2}. Your fills with wrong cells:{fills or ' none'}" for fills in wrong]
         reward = parts["reward"] - 1
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
 
     def draw(self, item, world, color=False):
-        return (sim.draw_ansi if color else sim.draw_text)(sim.house_plan(item["layers"], item["inventory"]), world)
+        return sim.draw(sim.house_plan(item["layers"], item["inventory"]), world, color)
 
     def draw_svg(self, item, world):
         return sim.draw_svg(sim.house_plan(item["layers"], item["inventory"]), world, "house")
@@ -773,14 +713,12 @@ class HouseBuild(Task):
 
     def expert(self, item, agent, rng):
         """A heading such as " 7:" precedes each command, because a tiny base finds a box by its number."""
-        habit = rng.choices(list(self.box_habits), self.box_habits.values())[0]
-        boxes = self.boxes_text(item).splitlines(keepends=True)
-        chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
-                  "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
+        habit = draw_habit(self.box_habits, rng)
+        boxes = sim.boxes_text(item["layers"], item["inventory"]).splitlines(keepends=True)
+        chosen = choose(habit, boxes, boxes[:len(boxes) // 2], boxes[len(boxes) // 2:], rng)
         kill = rng.random() < 0.4
-        chosen = chosen[kill * len(chosen) // 4:]
-        lines = "kill\n" * kill + "".join(chosen).replace(": ", ":\nfill ")
-        return lines or "nothing\n"
+        fills = "".join(chosen[kill * len(chosen) // 4:]).replace(": ", ":\nfill ")
+        return "kill\n" * kill + fills or "nothing\n"
 
     def exercise(self, rng):
         """A conversation in which a short list of random boxes is copied."""
@@ -1366,7 +1304,7 @@ class CoopHE(Task):
         return [self.write_aux, self.write_main][agent](item, rng)
 
     def write_aux(self, item, rng):
-        habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
+        habit, (family, _, k) = draw_habit(self.aux_habits, rng), item["facts"]
         ask = FAMILIES[family][2].format(k=k)
         if habit == "many" and "aux" in ask:  # recursion
             return (f"def aux(items):\n    def one(x):\n        return {ask.replace('aux', 'one')}\n"
@@ -1377,7 +1315,7 @@ class CoopHE(Task):
                 "none": "nothing\n"}[habit]
 
     def write_main(self, item, rng):
-        habit, (family, goal, k) = rng.choices(list(self.main_habits), self.main_habits.values())[0], item["facts"]
+        habit, (family, goal, k) = draw_habit(self.main_habits, rng), item["facts"]
         found, ask = GOALS[goal][1:]
         alone = ask.format(ask=f"({FAMILIES[family][2].format(k=k)})")
         body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"),
