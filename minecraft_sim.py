@@ -55,11 +55,9 @@ def string_target(text, gap=2):
 
     string_target("IC") has 5 + 2 + 5 = 12 columns; its first row is "#####...####".
     """
-    if not text:
-        raise ValueError("The string is empty; use letters A-Z and digits 0-9.")
-    for char in text:
-        if char.upper() not in LETTERS:
-            raise ValueError(f"The character {char!r} cannot be drawn; use letters A-Z and digits 0-9.")
+    wrong = [f"character {char!r} cannot be drawn" for char in text if char.upper() not in LETTERS]
+    if wrong or not text:
+        raise ValueError(f"The {wrong[0] if wrong else 'string is empty'}; use letters A-Z and digits 0-9.")
     return [("." * gap).join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
 
 
@@ -79,17 +77,6 @@ def cells_by_letter(cells):
     """
     ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
     return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
-
-
-def letters_text(text, end=""):
-    """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
-    return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(text, 1))
-
-
-def cells_text(text, cells):
-    """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
-    return "".join(f" {index + 1}:{text[index]}" + "".join(" %d %d %d" % cell for cell in group)
-                   for index, group in cells_by_letter(cells).items())
 
 
 # --- reading answers: nothing here raises an exception, whatever a model wrote ----------------------------------------
@@ -122,8 +109,8 @@ def read_command(line, verb, blocks, bbox):
     verb is "setblock", which names one cell, or "fill", with which a kill counts as a command, too. bbox holds the
     corners of the box to build in. "/setblock 1 0 0 minecraft:stone" is ((1, 0, 0), (1, 0, 0), "stone").
     """
-    words, size = line.removeprefix("/").split(), {"setblock": 5, "fill": 8}[verb]  # "//setblock" is none
-    name = words[0].lower() if words else ""
+    words, size = line.removeprefix("/").split(), {"setblock": 5, "fill": 8}[verb]
+    name = words[0].lower() if words else ""  # "/ setblock" is one, "//setblock" is not
     if name == "kill" and verb == "fill":
         return KILL
     if name != verb:
@@ -151,8 +138,8 @@ def box_cells(low, high):
 def read_commands(response, blocks, bbox, share, verb="setblock", limits=None):
     r"""Split one agent's answer into accepted commands, `share` at most, and rejected [(line, reason), ...] ones.
 
-    limits: {block: how many this agent may use}; None for no limit. "/setblock 1 0 0 stone\nsetblock 9 0 0 stone" with
-    bbox ((0, 0, 0), (2, 1, 0)) gives [((1, 0, 0), (1, 0, 0), "stone")] and [("setblock 9 0 0 stone", "outside the box")].
+    limits is {block: how many this agent may use}, None for no limit. "/setblock 1 0 0 stone\n/kill" gives
+    [((1, 0, 0), (1, 0, 0), "stone")] and [("/kill", "not a setblock command")].
     """
     accepted, rejected, used = [], [], collections.Counter()
     for line in command_lines(response):
@@ -218,18 +205,17 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     zero); missing_palettes counts agents with an unused block; accepted is the number of accepted commands per agent.
     """
     world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands, start)
-    target = set(target_cells(target_rows))
+    target, size = set(target_cells(target_rows)), len(target_rows) * len(target_rows[0])
     covered = len(target & world.keys())
-    extra, background = len(world) - covered, len(target_rows) * len(target_rows[0]) - len(target)
+    extra = len(world) - covered
     pairs = [(block, world[neighbour]) for (x, y, z), block in world.items()
              for neighbour in [(x + 1, y, z), (x, y + 1, z)] if neighbour in world]
-    missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
-    coverage, extra_ratio = covered / max(1, len(target)), extra / max(1, background)
+    coverage, extra_ratio = covered / max(1, len(target)), extra / max(1, size - len(target))
     adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / max(1, len(pairs))
+    missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
-            "iou": covered / max(1, len(target) + extra),
-            "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
-            "missing_palettes": missing, "accepted": [len(commands) for commands in accepted]}
+            "iou": covered / max(1, len(target) + extra), "coverage": coverage, "extra_ratio": extra_ratio,
+            "adjacent_same_ratio": adjacent_same_ratio, "missing_palettes": missing, "accepted": [*map(len, accepted)]}
 
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
@@ -244,10 +230,8 @@ def house_target(layers, inventory):
     (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter missing there raises ValueError.
     """
     inventory = {".": "air"} | inventory
-    letters = {(x, y, z): letter for y, rows in layers.items() for z, row in enumerate(rows)
-               for x, letter in enumerate(row)}
-    unknown = sorted(set(letters.values()) - inventory.keys())
-    if unknown:
+    letters = {(x, y, z): row[x] for y, rows in layers.items() for z, row in enumerate(rows) for x in range(len(row))}
+    if unknown := sorted(set(letters.values()) - inventory.keys()):
         raise ValueError(f"The letter {unknown[0]!r} of the blueprint is not in the inventory.")
     return {cell: inventory[letter] for cell, letter in letters.items() if inventory[letter] not in EMPTY}
 
@@ -273,18 +257,19 @@ def random_house(rng):
 
 
 def check_house(layers, inventory):
-    """Layers from a person's file, whose heights are texts, with integers instead; ValueError if they are no house."""
+    """Layers from a person's file with integers instead of texts as heights; ValueError if they are no house."""
     if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
         raise ValueError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
-    if sum(len(row) for rows in layers.values() for row in rows) > 4096:
+    sizes = [(len(rows), len(row)) for rows in layers.values() for row in rows]
+    if sum(width for _, width in sizes) > 4096:
         raise ValueError("a house has at most 4096 cells (16 x 16 x 16)")
-    if len(by_height := {int(y): rows for y, rows in layers.items()}) < len(layers):
+    house = {int(y): rows for y, rows in layers.items()}
+    if len(house) < len(layers):
         raise ValueError("two layers of this house have the same height")
-    sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
-    if len(sizes) != 1 or max(by_height) - min(by_height) >= len(layers) or not house_target(by_height, inventory):
+    if len(set(sizes)) != 1 or max(house) - min(house) >= len(house) or not house_target(house, inventory):
         raise ValueError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
                          "hold a block")
-    return by_height
+    return house
 
 
 def house_boxes(layers, inventory):
@@ -295,28 +280,22 @@ def house_boxes(layers, inventory):
     ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
     """
     remaining, boxes = house_target(layers, inventory), []
-    counts = collections.Counter(remaining.values())
-
-    def fits(low, high, block):
-        cells = box_cells(low, high)
-        return len(cells) <= max(1, counts[block] // 2) and all(remaining.get(cell) == block for cell in cells)
-
+    most = {block: max(1, count // 2) for block, count in collections.Counter(remaining.values()).items()}
     for low in sorted(remaining, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
-        if low in remaining:
-            high, block = low, remaining[low]
-            for axis in (0, 2, 1):
-                while fits(low, larger := tuple(x + (i == axis) for i, x in enumerate(high)), block):
-                    high = larger
-            for cell in box_cells(low, high):
-                del remaining[cell]
-            boxes.append((low, high, block))
+        if low not in remaining:
+            continue
+        high, block = low, remaining[low]
+        for axis in (0, 2, 1):  # grow as long as the box is of one block
+            while True:
+                larger = tuple(x + (i == axis) for i, x in enumerate(high))
+                cells = box_cells(low, larger)
+                if len(cells) > most[block] or any(remaining.get(cell) != block for cell in cells):
+                    break
+                high = larger
+        boxes.append((low, high, block))
+        for cell in box_cells(low, high):
+            del remaining[cell]
     return boxes
-
-
-def boxes_text(layers, inventory):
-    """The boxes of a house, a numbered line each: " 1: 0 0 0 1 0 0 planks"."""
-    return "".join(" %d: %d %d %d %d %d %d %s\n" % (number, *low, *high, block)
-                   for number, (low, high, block) in enumerate(house_boxes(layers, inventory), 1))
 
 
 def block_limits(target, num_agents):
@@ -354,10 +333,10 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
-def wrong_fills(commands, world, target):
-    """An agent's fills that are to blame for a wrong cell in the world, a line each."""
-    return "".join("\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in commands if any(
-        world.get(cell, "air") == block != target.get(cell, "air") for cell in box_cells(low, high)))
+def to_blame(fill, world, target):
+    """Whether a fill (low corner, high corner, block) is the reason for a wrong cell in the world."""
+    low, high, block = fill
+    return any(world.get(cell, "air") == block != target.get(cell, "air") for cell in box_cells(low, high))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -370,8 +349,7 @@ OTHER_COLOR = (196, 92, 160)
 
 def wall_plan(target_rows):
     """A wall for the drawing functions: ({target cell: None, meaning any block}, rows of cells from the top)."""
-    width, height = len(target_rows[0]), len(target_rows)
-    grid = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
+    grid = [[(x, y, 0) for x in range(len(target_rows[0]))] for y in reversed(range(len(target_rows)))]
     return dict.fromkeys(target_cells(target_rows)), grid
 
 
@@ -385,10 +363,8 @@ def house_plan(layers, inventory):
 
 
 def draw(plan, world, color=False):
-    """The plan's rows, then a legend; without colour a character per cell, with it two terminal columns.
-
-    A block is a capital letter, in lower case if it is stray, or its colour, with a red xx; a missing one is "." or [].
-    """
+    """The plan's rows, then a legend: a capital letter per block, in lower case if it is stray, "." if one is missing;
+    in colour two terminal columns per cell, with a red xx if it is stray, a dim [] if one is missing."""
     target, grid = plan
     correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
     marks, missing, blank = {}, *(("\x1b[2m[]\x1b[0m", "  ") if color else (".", " "))
@@ -419,9 +395,9 @@ def draw_svg(plan, world, title=""):
 
     target, grid = plan
     xs, ys, zs = zip(*(cell for row in grid for cell in row if cell))
-    W, H, D = 1 + max(xs), 1 + max(ys), 1 + max(zs)
-    top = screen(W, H, 0)[1] - 34  # room for the title
-    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(screen(0, min(ys), D)[1] + 10 - top)
+    top = screen(1 + max(xs), 1 + max(ys), 0)[1] - 34  # room for the title
+    width = 20 + round(max(screen(1 + max(xs), 0, 1 + max(zs))[0], 9 * len(title)))
+    height = round(screen(0, min(ys), 1 + max(zs))[1] + 10 - top)
     title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
@@ -431,9 +407,8 @@ def draw_svg(plan, world, title=""):
              (-0.35, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)]),   # left side
              (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
     for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
-        color = BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
-        correct = cell in target and target[cell] in (None, world.get(cell))
-        edge = shade(color, -0.45) if correct else "#e02020"
+        block, color = world.get(cell), BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
+        edge = shade(color, -0.45) if cell in target and target[cell] in (None, block) else "#e02020"
         lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
         for light, corners in faces:
@@ -466,8 +441,8 @@ def main():
     try:
         target_rows = string_target(args.text)
         responses = scripted_builders(target_rows)
-        world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
         score = strbuild_score(target_rows, responses, PALETTES)
+        world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
                 file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
@@ -477,8 +452,7 @@ def main():
     for agent, response in enumerate(responses):
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
     print("\n" + draw(wall_plan(target_rows), world, sys.stdout.isatty()) + "\n")
-    weights = {"coverage": 2, "extra_ratio": -1.5, "adjacent_same_ratio": -1, "missing_palettes": -0.25}
-    for part, weight in weights.items():
+    for part, weight in [("coverage", 2), ("extra_ratio", -1.5), ("adjacent_same_ratio", -1), ("missing_palettes", -.25)]:
         print(f"{weight:+5} x {part:20} {score[part]:.3f}")
     print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
           f"rejected {[len(lines) for lines in rejected]}")

@@ -485,17 +485,6 @@ class Task:
         raise InputError(f"{self.name} has no picture.")
 
 
-def draw_habit(habits, rng):
-    """A habit of a sloppy expert, drawn from {habit: weight}."""
-    return rng.choices(list(habits), habits.values())[0]
-
-
-def choose(habit, parts, first, last, rng):
-    """The parts of the work that a habit does: ("odd", [1, 2, 3], [1], [3], rng) gives [1, 3]."""
-    return {"none": [], "all": parts, "odd": parts[::2], "even": parts[1::2], "first": first, "last": last,
-            "some": [part for part in parts if rng.random() < 0.5]}[habit]
-
-
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
 
 
@@ -551,7 +540,18 @@ class StrBuild(Task):
                 f"your blocks: {' or '.join(self.palettes[agent])}.")
 
     def observation(self, item, agent):
-        return f"Build{sim.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
+        return f"Build{self.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
+
+    @staticmethod
+    def letters_text(string, end=""):
+        """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
+        return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(string, 1))
+
+    @staticmethod
+    def cells_text(string, cells):
+        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
+        return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
+                       for index, group in sim.cells_by_letter(cells).items())
 
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
@@ -572,8 +572,8 @@ class StrBuild(Task):
             wrong = sorted(set(own) - set(target))
             return f"Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
         if self.persistent:
-            return f"Your {len(own)} blocks:{sim.cells_text(item['string'], own)}."
-        return f"The cells:{sim.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
+            return f"Your {len(own)} blocks:{self.cells_text(item['string'], own)}."
+        return f"The cells:{self.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
 
     def draw(self, item, world, color=False):
         return sim.draw(sim.wall_plan(sim.string_target(item["string"])), world, color)
@@ -609,8 +609,8 @@ class StrBuild(Task):
         in some thirty needs that: without this exercise it knows all shapes long before it stops guessing letters.
         """
         string = self.random_training_item(rng)["string"]
-        answer = sim.letters_text(string, "\n")
-        return chat_messages(f"Spell{sim.letters_text(string)}.", answer, "Again.", answer)
+        answer = self.letters_text(string, "\n")
+        return chat_messages(f"Spell{self.letters_text(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
         """Its habits decide which letters it builds, often none at all, and with which blocks.
@@ -618,8 +618,9 @@ class StrBuild(Task):
         A heading such as " 2:C" precedes each letter. The simulator rejects that line at no cost; naming the letter
         first lets the tiny base look it up once instead of for every cell.
         """
-        letter_habit = draw_habit(self.letter_habits_persistent if self.persistent else self.letter_habits, rng)
-        block_habit, palette, answer = draw_habit(self.block_habits, rng), self.palettes[agent], ""
+        letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
+            self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
+        palette, answer = self.palettes[agent], ""
         letters, one = sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
         indices = list(letters)
         if self.persistent:
@@ -630,7 +631,8 @@ class StrBuild(Task):
                     middle = -(-len(cells) // 2)
                     letters[index] = cells[:middle] if upper else cells[middle:]
         else:
-            chosen = choose(letter_habit, indices, indices[:1], indices[-1:], rng)
+            chosen = {"none": [], "all": indices, "odd": indices[::2], "even": indices[1::2], "first": indices[:1],
+                      "last": indices[-1:], "some": [i for i in indices if rng.random() < 0.5]}[letter_habit]
         for index in chosen:
             answer += f" {index + 1}:{item['string'][index]}\n"
             for x, y, z in letters[index]:
@@ -680,11 +682,15 @@ class HouseBuild(Task):
                 "attack unless one of you writes the line kill.")
 
     def observation(self, item, agent):
-        layers, inventory = item["layers"], item["inventory"]
-        limits = sim.block_limits(sim.house_target(layers, inventory), self.num_agents)
+        limits = sim.block_limits(sim.house_target(item["layers"], item["inventory"]), self.num_agents)
         blocks = "".join(f" {count} {block}" for block, count in limits.items())
         return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have{blocks}. "
-                f"The house:\n{sim.boxes_text(layers, inventory)}")
+                f"The house:\n{self.boxes_text(item)}")
+
+    @staticmethod
+    def boxes_text(item):
+        return "".join(" %d: %d %d %d %d %d %d %s\n" % (number, *low, *high, block) for number, (low, high, block)
+                       in enumerate(sim.house_boxes(item["layers"], item["inventory"]), 1))
 
     def judge(self, item, responses, turn, world=None):
         layers, inventory, feedback = item["layers"], item["inventory"], None
@@ -692,12 +698,13 @@ class HouseBuild(Task):
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
         parts["kills"] = sum(sim.KILL in commands for commands in accepted)
         if self.feedback_mode == "position":
-            boxes = sim.boxes_text(layers, inventory)
-            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{boxes}"] * self.num_agents
+            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.boxes_text(item)}"] * self.num_agents
         elif self.feedback_mode == "perfect":
-            target = sim.house_target(layers, inventory)
-            wrong = [sim.wrong_fills(commands, world, target) for commands in accepted]
-            feedback = [f"Turn {turn + 2}. Your fills with wrong cells:{fills or ' none'}" for fills in wrong]
+            target, feedback = sim.house_target(layers, inventory), []
+            for commands in accepted:
+                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in commands
+                         if sim.to_blame((low, high, block), world, target)]
+                feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
         reward = parts["reward"] - 1
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
 
@@ -713,9 +720,10 @@ class HouseBuild(Task):
 
     def expert(self, item, agent, rng):
         """A heading such as " 7:" precedes each command, because a tiny base finds a box by its number."""
-        habit = draw_habit(self.box_habits, rng)
-        boxes = sim.boxes_text(item["layers"], item["inventory"]).splitlines(keepends=True)
-        chosen = choose(habit, boxes, boxes[:len(boxes) // 2], boxes[len(boxes) // 2:], rng)
+        habit = rng.choices(list(self.box_habits), self.box_habits.values())[0]
+        boxes = self.boxes_text(item).splitlines(keepends=True)
+        chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
+                  "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
         kill = rng.random() < 0.4
         fills = "".join(chosen[kill * len(chosen) // 4:]).replace(": ", ":\nfill ")
         return "kill\n" * kill + fills or "nothing\n"
@@ -1304,7 +1312,7 @@ class CoopHE(Task):
         return [self.write_aux, self.write_main][agent](item, rng)
 
     def write_aux(self, item, rng):
-        habit, (family, _, k) = draw_habit(self.aux_habits, rng), item["facts"]
+        habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
         ask = FAMILIES[family][2].format(k=k)
         if habit == "many" and "aux" in ask:  # recursion
             return (f"def aux(items):\n    def one(x):\n        return {ask.replace('aux', 'one')}\n"
@@ -1315,7 +1323,7 @@ class CoopHE(Task):
                 "none": "nothing\n"}[habit]
 
     def write_main(self, item, rng):
-        habit, (family, goal, k) = draw_habit(self.main_habits, rng), item["facts"]
+        habit, (family, goal, k) = rng.choices(list(self.main_habits), self.main_habits.values())[0], item["facts"]
         found, ask = GOALS[goal][1:]
         alone = ask.format(ask=f"({FAMILIES[family][2].format(k=k)})")
         body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"),
