@@ -79,7 +79,7 @@ def cells_by_letter(cells):
     return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
 
 
-# --- reading answers: nothing here raises an exception, whatever a model wrote ----------------------------------------
+# --- reading answers: lines that are no command are rejected, whatever a model wrote ---------------------------------
 
 PALETTES = [["oak_planks", "stone"], ["white_concrete", "obsidian"]]  # agent 0's blocks, agent 1's blocks
 EMPTY = ("air", "cave_air", "void_air")
@@ -87,9 +87,9 @@ KILL = (0, 0, 0), (-1, -1, -1), "kill"  # a command that fills no cell
 
 
 def command_lines(response):
-    r"""Yield the lines of an answer that may be commands, without code fences, blank lines and list markers.
+    r"""The lines of an answer that may be commands, without code fences, blank lines and list markers.
 
-    "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." yields "/setblock 0 0 0 stone", then "kill".
+    "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." gives ["/setblock 0 0 0 stone", "kill"].
     """
     parts = response.split("```", 2)
     if len(parts) == 3:  # two fences or more: read between the first two
@@ -97,10 +97,8 @@ def command_lines(response):
         first, newline, rest = response.partition("\n")
         if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language tag; "/kill" is not one
             response = rest
-    for line in response.splitlines():
-        line = re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip())
-        if line:
-            yield line
+    lines = [re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip()) for line in response.splitlines()]
+    return [line for line in lines if line]
 
 
 def read_command(line, verb, blocks, bbox):
@@ -284,16 +282,14 @@ def house_boxes(layers, inventory):
     for low in sorted(remaining, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
         if low not in remaining:
             continue
-        high, block = low, remaining[low]
+        block, cells = remaining[low], [low]
         for axis in (0, 2, 1):  # grow as long as the box is of one block
-            while True:
-                larger = tuple(x + (i == axis) for i, x in enumerate(high))
-                cells = box_cells(low, larger)
-                if len(cells) > most[block] or any(remaining.get(cell) != block for cell in cells):
-                    break
-                high = larger
+            while len(cells) <= most[block] and all(remaining.get(cell) == block for cell in cells):
+                high = cells[-1]
+                cells = box_cells(low, [x + (i == axis) for i, x in enumerate(high)])
+            cells = box_cells(low, high)
         boxes.append((low, high, block))
-        for cell in box_cells(low, high):
+        for cell in cells:
             del remaining[cell]
     return boxes
 
@@ -317,18 +313,17 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the non-air cells.
 
     match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) if a team of two or more is
-    attacked and no `kill` was accepted. Example: of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
-    "fill 0 0 0 1 0 0 planks", without a kill: match 3/4, iou 2/3, no penalty. With a silent second agent and attacks
-    (1, 2) its limit of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
+    attacked and no kill was accepted. Of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
+    "fill 0 0 0 1 0 0 planks": match 3/4, iou 2/3, no penalty. With a silent second agent and attacks (1, 2) its limit
+    of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
     """
     world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
     target = house_target(layers, inventory)
     size = sum(len(row) for rows in layers.values() for row in rows)
-    union, damage = world.keys() | target.keys(), sum(spider_attacks)
+    union, damage, penalty = world.keys() | target.keys(), sum(spider_attacks), 0.0
     match = (size - sum(world.get(cell) != target.get(cell) for cell in union)) / size
-    killed = any(KILL in commands for commands in accepted)
-    unprotected = len(responses) >= 2 and damage > 0 and player_hp > 0 and not killed
-    penalty = 0.1 * min(1.0, damage / player_hp) if unprotected else 0.0
+    if len(responses) >= 2 and damage > 0 and player_hp > 0 and not any(KILL in commands for commands in accepted):
+        penalty = 0.1 * min(1.0, damage / player_hp)
     return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / max(1, len(union)),
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
@@ -349,8 +344,8 @@ OTHER_COLOR = (196, 92, 160)
 
 def wall_plan(target_rows):
     """A wall for the drawing functions: ({target cell: None, meaning any block}, rows of cells from the top)."""
-    grid = [[(x, y, 0) for x in range(len(target_rows[0]))] for y in reversed(range(len(target_rows)))]
-    return dict.fromkeys(target_cells(target_rows)), grid
+    W, H = len(target_rows[0]), len(target_rows)
+    return dict.fromkeys(target_cells(target_rows)), [[(x, y, 0) for x in range(W)] for y in reversed(range(H))]
 
 
 def house_plan(layers, inventory):
@@ -389,10 +384,8 @@ def draw_svg(plan, world, title=""):
     """A standalone isometric picture (SVG text): cubes of 20 pixels, missing ones dashed, stray ones with red edges."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
         return 17.32 * (x + z), 10 * (z - x) - 20 * y
-
     def shade(color, light):  # light > 0 mixes with white, < 0 with black
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
-
     target, grid = plan
     xs, ys, zs = zip(*(cell for row in grid for cell in row if cell))
     top = screen(1 + max(xs), 1 + max(ys), 0)[1] - 34  # room for the title
@@ -421,10 +414,10 @@ def draw_svg(plan, world, title=""):
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 
 def scripted_builders(target_rows):
-    """Two perfect answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
+    """Two answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
 
-    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only the strings X and Y
-    miss the best reward: they have 0 and 1 odd cells, too few for agent 1's two blocks.
+    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Perfect but for the strings
+    X and Y, which have 0 and 1 odd cells, too few for agent 1's two blocks.
     """
     answers = [[], []]
     for x, y, z in target_cells(target_rows):
@@ -439,20 +432,19 @@ def main():
     parser.add_argument("--svg", metavar="FILE", help="also write an isometric picture, for a browser or a README")
     args = parser.parse_args()
     try:
-        target_rows = string_target(args.text)
-        responses = scripted_builders(target_rows)
-        score = strbuild_score(target_rows, responses, PALETTES)
-        world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
+        rows = string_target(args.text)
+        responses = scripted_builders(rows)
+        score, (world, _, rejected) = (f(rows, responses, PALETTES) for f in (strbuild_score, strbuild_world))
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
-                file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
+                file.write(draw_svg(wall_plan(rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
     for agent, response in enumerate(responses):
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
-    print("\n" + draw(wall_plan(target_rows), world, sys.stdout.isatty()) + "\n")
-    for part, weight in [("coverage", 2), ("extra_ratio", -1.5), ("adjacent_same_ratio", -1), ("missing_palettes", -.25)]:
+    print("\n" + draw(wall_plan(rows), world, sys.stdout.isatty()) + "\n")
+    for part, weight in dict(coverage=2, extra_ratio=-1.5, adjacent_same_ratio=-1, missing_palettes=-0.25).items():
         print(f"{weight:+5} x {part:20} {score[part]:.3f}")
     print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
           f"rejected {[len(lines) for lines in rejected]}")
