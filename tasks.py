@@ -400,14 +400,13 @@ class Task:
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
-        if num_agents not in self.agents:
-            raise InputError(f"{self.name} is for num_agents {' or '.join(map(str, self.agents))}, not {num_agents}.")
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
-        for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),
-                                      ("world", world, self.worlds), ("reward", reward, ["dense", "sparse"])]:
+        for kind, choice, choices in [("num_agents", num_agents, self.agents), ("world", world, self.worlds),
+                                      ("feedback", self.feedback_mode, self.feedback_modes),
+                                      ("reward", reward, ["dense", "sparse"])]:
             if choice not in choices:
-                raise InputError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
+                raise InputError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(map(str, choices))}.")
         self.setup()
         if data == "hub" and not self.hub_sources:
             raise InputError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
@@ -730,10 +729,9 @@ class HouseBuild(Task):
 
     def exercise(self, rng):
         """A conversation in which a short list of random boxes is copied."""
-        boxes = ""
-        for k in range(1, rng.randint(4, 10)):
-            corners = "%d %d %d %d %d %d" % tuple(rng.randrange(8) for _ in range(6))
-            boxes += f" {k}: {corners} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
+        boxes = "".join(" %d: %d %d %d %d %d %d %s\n" % (
+            number, *(rng.randrange(8) for _ in range(6)), rng.choice(sim.HOUSE_BLOCKS[:5]))
+            for number in range(1, rng.randint(4, 10)))
         return chat_messages(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 
 
@@ -822,63 +820,6 @@ def arxiv_reward(first, second):
 OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
            "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand",
            "Notably"]
-POST_FACTS = {  # what varies among the built-in posts; a value follows the same word in posts and in summaries
-    "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
-    "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
-           "strangers|borrowed money|cancelled the trip|spread a rumour|adopted three dogs",
-    "place": "work|a wedding|the gym|school|home|the lake|a concert|the office party",
-    "feel": "angry|hurt|guilty|confused|lonely|exhausted|nervous|betrayed",
-    "because": "nobody asked me first|it was a secret|money is tight|we had a plan|it keeps happening|trust matters",
-    "since": "kindergarten|last summer|college|the move|January|the accident",
-    "tried": "talk calmly|write an email|stay silent|joke about everything|ask for help|set clear rules",
-    "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
-    "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
-    "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
-POST_TEMPLATE = (
-    "SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel {feel} "
-    "because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. Friends say "
-    "I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
-POST_SENTENCES = ["My {who} {did} at {place} and that began the whole story.", "Overall that made me feel {feel}.",
-                  "It hit hard because {because}.", "Indeed this person was close to us since {since}.",
-                  "My response was for instance that I tried to {tried} without success.",
-                  "Similarly some readers believe we should {should} unless it gets worse.",
-                  "What remains is being afraid of {afraid} although nobody says so.",
-                  "Moreover people want {want} in the end."]
-PAPER_FACTS = {
-    "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|"
-             "word order in linguistics|tumour growth in medicine|species loss in ecology|key exchange in cryptography|"
-             "light scattering in optics|reading skills in education|traffic flow in robotics",
-    "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
-    "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
-    "uses": "symmetry|entropy|sampling|duality|recursion|attention",
-    "data": "satellite images|hospital records|public archives|simulated trials|field surveys|sensor logs",
-    "improves": "accuracy|speed|stability|fairness|coverage|robustness",
-    "helps": "engineers|doctors|teachers|regulators|farmers|planners",
-    "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
-PAPER_TEMPLATE = (
-    "We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. It is tested "
-    "with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
-PAPER_SENTENCES = [[  # background and motivation
-    "The paper is about a field of science whose authors study {study} with new methods and data.",
-    "People study {study} because results matter for science and, above all, for daily life.",
-    "The existing approaches, however, were made for simple cases and most still lack {lack} today.",
-    "Models that lack {lack}, in other words, give results which look good in tests and fail in use.",
-    "Earlier work on {study}, for instance, needs large samples of data and gives no insight into causes.",
-    "The authors see a gap here and propose {propose} as one way to close the gap.",
-    "The motivation is therefore that a method which uses {uses} should need less data and give more insight.",
-    "To sum up, there is plenty of data from {data} in this field and earlier methods made little use of it."], [
-    "The authors propose {propose} as a new method, and the method uses {uses} at each step of the work.",
-    "In simple words the method reads data from {data} and learns in small steps how {study} behaves in practice.",
-    "The use of {uses} keeps the method simple and makes sure that large samples of data are not needed.",
-    "Compared to existing approaches, which still lack {lack} in most cases, it does well in tests with data from "
-    "{data}.",
-    "Overall the results show that the method improves {improves} in nearly all tests and never makes it worse.",
-    "Moreover a second test removes one part of {propose} and subsequently another to show which parts matter in use.",
-    "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same "
-    "reason.",
-    "Indeed for the field the results are good news, because people can study {study} with less data than otherwise.",
-    "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
-    "In conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."]]
 
 
 class Writing(Task):
@@ -932,8 +873,8 @@ class Writing(Task):
         return " =====\n".join(self.write(item, part, rng) for part in parts)
 
     def write(self, item, part, rng):
-        sentences, limits = self.sentences[part], self.max_sentences[part]
-        keep, limit, opened = rng.choice(self.keep), rng.choice(limits), rng.choice(self.opened)
+        sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
+        keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
         text = [self.short_start] if self.short_start and limit < len(sentences) else []
         for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
             sentence = sentence.format(**item["facts"])
@@ -946,22 +887,72 @@ class Writing(Task):
 class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
-    roles = "a concise summary", "a detailed summary"
-    facts, template, sentences, levels = POST_FACTS, POST_TEMPLATE, [POST_SENTENCES] * 2, TLDR_LEVELS
+    roles, levels = ("a concise summary", "a detailed summary"), TLDR_LEVELS
     steps, batch_size, lr = 32, 64, 1.5e-3
     base_steps, keep, max_sentences = 900, [0.8, 1, 1], [[3, 3, 3, 8, 8], [2, 7]]
+    facts = {  # what varies; a value follows the same word in posts and in summaries
+        "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
+        "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
+               "strangers|borrowed money|cancelled the trip|spread a rumour|adopted three dogs",
+        "place": "work|a wedding|the gym|school|home|the lake|a concert|the office party",
+        "feel": "angry|hurt|guilty|confused|lonely|exhausted|nervous|betrayed",
+        "because": "nobody asked me first|it was a secret|money is tight|we had a plan|it keeps happening|"
+                   "trust matters",
+        "since": "kindergarten|last summer|college|the move|January|the accident",
+        "tried": "talk calmly|write an email|stay silent|joke about everything|ask for help|set clear rules",
+        "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
+        "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
+        "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
+    template = (
+        "SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel "
+        "{feel} because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. "
+        "Friends say I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
+    sentences = ["""My {who} {did} at {place} and that began the whole story. Overall that made me feel {feel}. It hit
+        hard because {because}. Indeed this person was close to us since {since}. My response was for instance that I
+        tried to {tried} without success. Similarly some readers believe we should {should} unless it gets worse. What
+        remains is being afraid of {afraid} although nobody says so. Moreover people want {want} in the end."""] * 2
 
 
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles = "background and motivation", "methodology and implications"
-    facts, template, sentences, levels = PAPER_FACTS, PAPER_TEMPLATE, PAPER_SENTENCES, ARXIV_LEVELS
-    keep, max_sentences = [1], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7]
-    short_start = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
+    roles, levels = ("background and motivation", "methodology and implications"), ARXIV_LEVELS
     steps, batch_size, lr = 32, 64, 5e-4
     pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next one: half the tokens
     base_steps, base_batch, max_new_tokens = 800, 12, 136
+    keep, max_sentences = [1], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7]
+    short_start = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
+    facts = {
+        "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|word order in "
+                 "linguistics|tumour growth in medicine|species loss in ecology|key exchange in cryptography|light "
+                 "scattering in optics|reading skills in education|traffic flow in robotics",
+        "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
+        "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
+        "uses": "symmetry|entropy|sampling|duality|recursion|attention",
+        "data": "satellite images|hospital records|public archives|simulated trials|field surveys|sensor logs",
+        "improves": "accuracy|speed|stability|fairness|coverage|robustness",
+        "helps": "engineers|doctors|teachers|regulators|farmers|planners",
+        "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
+    template = (
+        "We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. It is "
+        "tested with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
+    sentences = ["""The paper is about a field of science whose authors study {study} with new methods and data. People
+        study {study} because results matter for science and, above all, for daily life. The existing approaches,
+        however, were made for simple cases and most still lack {lack} today. Models that lack {lack}, in other words,
+        give results which look good in tests and fail in use. Earlier work on {study}, for instance, needs large
+        samples of data and gives no insight into causes. The authors see a gap here and propose {propose} as one way to
+        close the gap. The motivation is therefore that a method which uses {uses} should need less data and give more
+        insight. To sum up, there is plenty of data from {data} in this field and earlier methods made little use of it.""",
+        """The authors propose {propose} as a new method, and the method uses {uses} at each step of the work. In simple
+        words the method reads data from {data} and learns in small steps how {study} behaves in practice. The use of
+        {uses} keeps the method simple and makes sure that large samples of data are not needed. Compared to existing
+        approaches, which still lack {lack} in most cases, it does well in tests with data from {data}. Overall the
+        results show that the method improves {improves} in nearly all tests and never makes it worse. Moreover a second
+        test removes one part of {propose} and subsequently another to show which parts matter in use. The method works
+        for all cases the authors have tried, except {except}, where earlier methods fail for the same reason. Indeed
+        for the field the results are good news, because people can study {study} with less data than otherwise. In
+        practice the method helps {helps}, who want models that give more insight into causes and not only numbers. In
+        conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."""]
 
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
@@ -1171,14 +1162,14 @@ def coophe_rewards(triples):
         main, main_node, main_error, main_returns = find_function(main_answer, name)
         module = "\n".join([*context, aux, main])
         error = aux_error or main_error or parse_python(module)[1]
-        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": ""}
+        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests),
+                  "level": "" if aux_returns else "aux has no function with a return"}
         results.append(result)
         if not main_returns:
             result["level"] = "main has no function with a return"
         elif error:
             result["level"] = f"syntax error: {error}"
         else:
-            result["level"] = "" if aux_returns else "aux has no function with a return"
             result["reward"] += 0.5
             jobs.append([module, name, tests])
             judged.append((result, tests, aux_bonus(main_node) if aux_node else 0.0))
@@ -1370,12 +1361,12 @@ def main():
         if args.svg:
             write_text(args.svg, task.draw_svg(episode.item, outcome.world))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-    for agent in range(task.num_agents):
+    for agent, response in enumerate(responses):
         print(f"--- agent {agent}")
         for message in history(task, episode, agent):
             print(f"{message['role']:>9}: {message['content']}")
-        print(f"{'answers':>9}: " + responses[agent].strip().replace("\n", f"\n{'':11}"))
-        print(f"{'is told':>9}: {outcome.feedback[agent]}")
+        print("  answers: " + response.strip().replace("\n", f"\n{'':11}"))
+        print(f"  is told: {outcome.feedback[agent]}")
     print("\n" + task.draw(episode.item, outcome.world, color=sys.stdout.isatty()) + "\n")
     for name, number in outcome.parts.items():
         print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
