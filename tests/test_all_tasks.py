@@ -13,7 +13,8 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, get_task, history, house_boxes
+from minecraft_sim import house_boxes
+from tasks import Episode, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(tasks.TASKS)
