@@ -8,8 +8,9 @@ A task is one class; the rest of this repository uses only these attributes and 
     num_agents, num_turns               n agents, at most T turns
     instructions(agent)                 the rules, given once as the system message
     observation(item, agent)            o_i,0: the first user message that agent i gets
-    judge(item, responses, turn, world) an Outcome: reward, score, whether the episode ends, feedback for each agent;
-                                        world is the previous turn's Outcome.world, None at turn 0
+    judge(item, responses, turn, world) an Outcome: reward, score, parts (the same numeric keys at every judgement),
+                                        whether the episode ends, feedback for each agent; world is the previous turn's
+                                        Outcome.world, None at turn 0
     judge_all(items, answers, ...)      the same for many episodes at once
     expert(item, agent, rng)            one answer of a sloppy expert, who has many habits, good and bad
     demonstration(rng), exercise(rng)   one conversation with that expert, and one that practises what is hardest to
@@ -454,7 +455,17 @@ class Task:
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
-        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last."""
+        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last.
+
+        parts must have the same numeric keys at every judgement, which evaluations average; lists are not logged.
+        """
+        numbers = {name: part for name, part in parts.items() if not isinstance(part, list)}
+        for name, number in [("reward", reward), ("score", score), *numbers.items()]:
+            if not (isinstance(number, (int, float)) and abs(number) < math.inf):
+                raise InputError(f"task {self.name}: {name} is {number!r} at turn {turn}; it must be a finite number.")
+        known = vars(self).setdefault("part_names", list(numbers))
+        if set(numbers) != set(known):
+            raise InputError(f"task {self.name}: parts are {list(numbers)} at turn {turn} and were {known} before.")
         feedback = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
         reward = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
         return Outcome(reward, score, parts, done, feedback, world)
@@ -942,7 +953,8 @@ class ArXiv(Writing):
         give results which look good in tests and fail in use. Earlier work on {study}, for instance, needs large
         samples of data and gives no insight into causes. The authors see a gap here and propose {propose} as one way to
         close the gap. The motivation is therefore that a method which uses {uses} should need less data and give more
-        insight. To sum up, there is plenty of data from {data} in this field and earlier methods made little use of it.""",
+        insight. To sum up, there is plenty of data from {data} in this field and earlier methods made little use of
+        it.""",
         """The authors propose {propose} as a new method, and the method uses {uses} at each step of the work. In simple
         words the method reads data from {data} and learns in small steps how {study} behaves in practice. The use of
         {uses} keeps the method simple and makes sure that large samples of data are not needed. Compared to existing
