@@ -90,6 +90,7 @@ def command_lines(response):
     r"""The lines of an answer that may be commands, without code fences, blank lines and list markers.
 
     "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." gives ["/setblock 0 0 0 stone", "kill"].
+    A bare kill in the line below the opening fence is kept; the official code takes it for a language and loses it.
     """
     parts = response.split("```", 2)
     if len(parts) == 3:  # two fences or more: read between the first two
@@ -97,7 +98,7 @@ def command_lines(response):
         first, newline, rest = response.partition("\n")
         if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language tag; "/kill" is not one
             response = rest
-    lines = [re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip()) for line in response.splitlines()]
+    lines = [re.sub(r"^([-*]+|\d+[.)])\s*", "", line.strip()) for line in response.splitlines()]
     return [line for line in lines if line]
 
 

@@ -48,7 +48,7 @@ def test_reading_lines():
     assert list(command_lines("``` c++ \r\nb\r\n```")) == ["b"]
     assert list(command_lines("```kill```")) == ["kill"]                            # no line break: no language tag
     assert list(command_lines("```a b\nc```")) == ["a b", "c"] and list(command_lines("``````\na")) == []
-    assert list(command_lines("-a\n* - b\n12) c\n 3.\td\n-\n1.e")) == ["-a", "- b", "c", "d", "-", "1.e"]
+    assert list(command_lines("-a\n* - b\n12) c\n 3.\td\n-\n1.e")) == ["a", "- b", "c", "d", "e"]
 
 
 @pytest.mark.parametrize("line", [
@@ -313,3 +313,12 @@ def test_a_house_that_does_not_stand_at_height_0(low):
 def test_an_inventory_may_use_the_dot_and_hold_any_air():
     inventory = {".": "planks", "A": "air", "C": "cave_air"}
     assert sim.house_target({0: [".AC"]}, inventory) == {(0, 0, 0): "planks"}
+
+
+# --- what the official reader accepts, too ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("marker", ["-", "**", "-*- ", "* ", "1.", "12) ", "  3.\t"])
+def test_one_list_marker_is_removed_with_or_without_blanks(marker):
+    assert read(f"{marker}/setblock 1 0 0 stone") == ([((1, 0, 0), "stone")], [])
+    assert read(f"{marker}1. /setblock 1 0 0 stone") == ([], ["not a setblock command"])
+    assert command_lines("```\nkill\n```") == ["kill"]  # officially it is lost, as a language
