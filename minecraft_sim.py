@@ -121,7 +121,7 @@ def read_command(line, verb, blocks, bbox):
     except ValueError:
         raise ValueError("a coordinate is not an integer") from None
     block = words[size - 1].removeprefix("minecraft:")
-    if block not in blocks and block != "air":  # case-sensitive
+    if block != "air" and block not in {name.removeprefix("minecraft:") for name in blocks}:  # case-sensitive
         raise ValueError("block not in the palette")
     if not all(bbox[0][i % 3] <= number <= bbox[1][i % 3] for i, number in enumerate(numbers)):
         raise ValueError("outside the box")
@@ -211,7 +211,8 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
              for neighbour in [(x + 1, y, z), (x, y + 1, z)] if neighbour in world]
     coverage, extra_ratio = covered / max(1, len(target)), extra / max(1, size - len(target))
     adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / max(1, len(pairs))
-    missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
+    missing = sum(any(block.removeprefix("minecraft:") not in {*EMPTY, *world.values()} for block in palette)
+                  for palette in palettes[:len(responses)])
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
             "iou": covered / max(1, len(target) + extra), "coverage": coverage, "extra_ratio": extra_ratio,
             "adjacent_same_ratio": adjacent_same_ratio, "missing_palettes": missing, "accepted": [*map(len, accepted)]}
@@ -228,7 +229,7 @@ def house_target(layers, inventory):
     {0: ["AB", ".A"]} with {"A": "planks", "B": "obsidian"} is planks at (0, 0, 0) and (1, 0, 1) and obsidian at
     (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter missing there raises ValueError.
     """
-    inventory = {".": "air"} | inventory
+    inventory = {letter: block.removeprefix("minecraft:") for letter, block in ({".": "air"} | inventory).items()}
     letters = {(x, y, z): row[x] for y, rows in layers.items() for z, row in enumerate(rows) for x in range(len(row))}
     if unknown := sorted(set(letters.values()) - inventory.keys()):
         raise ValueError(f"The letter {unknown[0]!r} of the blueprint is not in the inventory.")

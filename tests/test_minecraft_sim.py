@@ -322,3 +322,13 @@ def test_one_list_marker_is_removed_with_or_without_blanks(marker):
     assert read(f"{marker}/setblock 1 0 0 stone") == ([((1, 0, 0), "stone")], [])
     assert read(f"{marker}1. /setblock 1 0 0 stone") == ([], ["not a setblock command"])
     assert command_lines("```\nkill\n```") == ["kill"]  # officially it is lost, as a language
+
+
+def test_palettes_and_inventories_may_carry_a_prefix():
+    palettes, answers = [["minecraft:stone", "minecraft:air"]], ["setblock 0 0 0 stone\nsetblock 1 0 0 minecraft:stone"]
+    score = strbuild_score(["#."], answers, palettes)
+    assert (score["accepted"], score["missing_palettes"], score["coverage"]) == ([2], 0, 1)
+    house = {0: ["PA"]}, {"P": "minecraft:planks", "A": "minecraft:air"}
+    assert sim.house_target(*house) == {(0, 0, 0): "planks"}
+    for block in ("planks", "minecraft:planks"):
+        assert sim.housebuild_score(*house, [f"fill 0 0 0 0 0 0 {block}"])["reward"] == 1
