@@ -192,7 +192,7 @@ def texture(block):
     """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
-    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
+    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
         return "stone"
     return "concrete" if block.endswith("_concrete") else block
 

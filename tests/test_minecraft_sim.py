@@ -139,7 +139,7 @@ def test_commands_find_the_world_that_the_last_turn_left():
 def test_textures():
     names = {"oak_planks": "wood", "oak_wood": "wood", "stone": "stone", "cobblestone": "stone",
              "smooth_stone": "stone", "end_stone": "stone", "mossy_stone_bricks": "stone", "white_concrete": "concrete",
-             **{own: own for own in ["stone_bricks", "planks", "sandstone", "obsidian", "concrete"]}}
+             **{own: own for own in ["planks", "sandstone", "obsidian", "concrete"]}}
     assert {name: texture(name) for name in names} == names
 
 
@@ -332,3 +332,8 @@ def test_palettes_and_inventories_may_carry_a_prefix():
     assert sim.house_target(*house) == {(0, 0, 0): "planks"}
     for block in ("planks", "minecraft:planks"):
         assert sim.housebuild_score(*house, [f"fill 0 0 0 0 0 0 {block}"])["reward"] == 1
+
+
+def test_bricks_of_stone_are_stone():
+    names = ["stone_bricks", "mossy_stone_bricks", "cracked_stone_bricks", "nether_bricks", "bricks"]
+    assert [texture(name) for name in names] == ["stone"] * 3 + names[3:]
