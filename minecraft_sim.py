@@ -192,7 +192,7 @@ def texture(block):
     """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
-    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
+    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):
         return "stone"
     return "concrete" if block.endswith("_concrete") else block
 
@@ -220,7 +220,7 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
 
-HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # for every agent
+HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks"]  # of our generated houses
 
 
 def house_target(layers, inventory):
@@ -303,10 +303,10 @@ def block_limits(target, num_agents):
 
 
 def housebuild_world(layers, inventory, responses, max_commands=600, limited_resource=True):
-    """build_world of a house."""
+    """build_world of a house; every agent may use the blocks of the inventory, and air."""
     rows, limits = next(iter(layers.values())), block_limits(house_target(layers, inventory), len(responses))
     bbox = (0, min(layers), 0), (len(rows[0]) - 1, max(layers), len(rows) - 1)
-    return build_world(responses, [HOUSE_BLOCKS] * len(responses), bbox, max_commands, verb="fill",
+    return build_world(responses, [inventory.values()] * len(responses), bbox, max_commands, verb="fill",
                        limits=limits if limited_resource else None)
 
 

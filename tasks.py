@@ -678,10 +678,10 @@ class HouseBuild(Task):
         if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
                 and all(isinstance(rows, list) and rows for rows in layers.values())
                 and all(isinstance(row, str) for rows in layers.values() for row in rows)
-                and all(isinstance(block, str) and block in sim.HOUSE_BLOCKS for block in inventory.values())
+                and all(isinstance(block, str) and re.fullmatch(r"\S+", block) for block in inventory.values())
                 and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
-            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
-                             f' from {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
+            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...} and "inventory" {"W": "planks", ...} with '
+                             'block names without blanks, and may have "spider_attacks" [2, 1, 3]')
         return {"layers": sim.check_house(layers, inventory), "inventory": inventory, "spider_attacks": attacks}
 
     def instructions(self, agent):
@@ -741,7 +741,7 @@ class HouseBuild(Task):
     def exercise(self, rng):
         """A conversation in which a short list of random boxes is copied."""
         boxes = "".join(" %d: %d %d %d %d %d %d %s\n" % (
-            number, *(rng.randrange(8) for _ in range(6)), rng.choice(sim.HOUSE_BLOCKS[:5]))
+            number, *(rng.randrange(8) for _ in range(6)), rng.choice(sim.HOUSE_BLOCKS))
             for number in range(1, rng.randint(4, 10)))
         return chat_messages(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 

@@ -538,3 +538,11 @@ def test_what_a_judge_must_not_say(parts, reward, message):
     with pytest.raises(tasks.InputError, match=message) as error:
         task.outcome(reward, 50, parts, 0, False)
     assert "\n" not in str(error.value)
+
+
+def test_a_persons_house_may_be_of_any_blocks(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"layers": {"0": ["GG"]}, "inventory": {"G": "minecraft:gold_block"}}')
+    task = get_task("housebuild", data=str(tmp_path / "own.jsonl"))
+    item = task.train_items[0]
+    assert "You have 1 gold_block. The house:\n 1: 0 0 0 0 0 0 gold_block\n" in task.observation(item, 0)
+    assert task.judge(item, ["fill 0 0 0 0 0 0 gold_block", "fill 1 0 0 1 0 0 gold_block"], 0).score == 100
