@@ -520,6 +520,8 @@ class StrBuild(Task):
     def check(self, record):
         if not isinstance(record.get("string"), str):
             raise InputError('a line needs the key "string", as in {"string": "ICML"}')
+        if len(record["string"]) > 64:
+            raise InputError("a string has at most 64 letters")
         try:
             sim.string_target(record["string"])
         except ValueError as error:

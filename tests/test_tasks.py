@@ -546,3 +546,10 @@ def test_a_persons_house_may_be_of_any_blocks(tmp_path):
     item = task.train_items[0]
     assert "You have 1 gold_block. The house:\n 1: 0 0 0 0 0 0 gold_block\n" in task.observation(item, 0)
     assert task.judge(item, ["fill 0 0 0 0 0 0 gold_block", "fill 1 0 0 1 0 0 gold_block"], 0).score == 100
+
+
+def test_a_string_of_a_file_may_not_be_endless():
+    task = get_task("strbuild")
+    assert task.check({"string": "m" * 64}) == {"string": "M" * 64}
+    with pytest.raises(tasks.InputError, match="at most 64"):
+        task.check({"string": "M" * 65})
