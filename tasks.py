@@ -971,7 +971,8 @@ class ArXiv(Writing):
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
 
-FUNCTION_NODES = ast.FunctionDef, ast.AsyncFunctionDef
+FUNCTION_NODES, IMPORT_NODES = (ast.FunctionDef, ast.AsyncFunctionDef), (ast.Import, ast.ImportFrom)
+MAX_ANSWER = 20_000  # characters; to parse a literal of millions takes longer than all tests
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
 # Model-written code runs only here: one process per batch, in it one worker per core, which forks once per test. On
 # Linux a test starts no process; with namespaces it has no network, writes only to its own folder in 64 MB of memory,
@@ -1095,29 +1096,34 @@ def parse_python(text):
 
 
 def find_function(answer, name):
-    """(source, node, error, whether it returns) of `def name(` in the first fenced block that has it, else in the text.
+    """(source, node, error, returns, imports) of `def name(` in the first fenced block that has it, else in the text.
 
-    In text that does not parse, a function is its `def` line and the indented lines below it, so that one with a syntax
-    error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
+    returns: whether it has a return; imports: the lines at the top level beside it. In text that does not parse, a
+    function is its `def` line and the indented lines below it, so that one with a syntax error is found, too:
+    "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True, []).
     """
+    if len(answer) > MAX_ANSWER:
+        return "", None, f"an answer of more than {MAX_ANSWER} characters is not read", False, []
     answer = re.sub(r"\r\n?", "\n", answer)  # line breaks as the parser counts them
     blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # language tag
     for text in [textwrap.dedent(block) for block in blocks] + [answer, textwrap.dedent(answer)]:
         tree, _ = parse_python(text)
         head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ")": of long signatures
+        imports = [ast.unparse(node) for node in tree.body if isinstance(node, IMPORT_NODES)] if tree else [
+            line for line in re.findall(r"^(?:import|from)[ \t].*", text, re.M) if parse_python(line)[0]]
         if tree is None and (matches := list(re.finditer(head, text, re.M))):
             text = matches[-1][0].rstrip()
             tree, error = parse_python(text)
             if tree is None:
-                return text, None, f"{error[:150]} in {name}", bool(re.search(r"\breturn\b", text))
+                return text, None, f"{error[:150]} in {name}", bool(re.search(r"\breturn\b", text)), imports
         for node in reversed(tree.body if tree else []):  # the last definition counts
             if isinstance(node, FUNCTION_NODES) and node.name == name:
                 nodes = list(node.body)
                 for child in nodes:  # grows during the loop; nested functions have returns of their own
                     nodes += [] if isinstance(child, (*FUNCTION_NODES, ast.ClassDef)) else ast.iter_child_nodes(child)
                 lines = text.split("\n")[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno]
-                return "\n".join(lines), node, "", any(isinstance(child, ast.Return) for child in nodes)
-    return "", None, "", False
+                return "\n".join(lines), node, "", any(isinstance(child, ast.Return) for child in nodes), imports
+    return "", None, "", False, []
 
 
 def aux_bonus(main):
@@ -1172,9 +1178,10 @@ def coophe_rewards(triples):
         tree = parse_python(item["prompt"])[0] or parse_python(item["prompt"] + "\n    pass")[0]  # a bare signature
         context = [ast.unparse(node) for node in tree.body if getattr(node, "name", "") not in ("aux", name)] if tree \
             else re.findall(r"^(?:import|from)[ \t].*", item["prompt"], re.M)  # imports, and helpers that tests may use
-        aux, aux_node, aux_error, aux_returns = find_function(aux_answer, "aux")
-        main, main_node, main_error, main_returns = find_function(main_answer, name)
-        module = "\n".join([*context, aux, main])
+        aux, aux_node, aux_error, aux_returns, aux_imports = find_function(aux_answer, "aux")
+        main, main_node, main_error, main_returns, main_imports = find_function(main_answer, name)
+        lines = ["import math", *context, *aux_imports, *main_imports, aux, main]  # math is there in the official code
+        module = "\n".join(sorted(lines, key=lambda line: not line.startswith("from __future__")))  # must come first
         error = aux_error or main_error or parse_python(module)[1]
         result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests),
                   "level": "" if aux_returns else "aux has no function with a return"}

@@ -472,7 +472,7 @@ def test_examples_of_docstrings():
             "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
     verdict = tasks.coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
     assert (verdict["reward"], verdict["passed"]) == (3.5, 1)
-    source, node, error, returns = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
+    source, node, error, returns, _ = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
     assert (source, node, returns) == ("def aux(n):\n    return n +", None, True) and error
 
 
