@@ -715,7 +715,7 @@ class HouseBuild(Task):
             target, feedback = sim.house_target(layers, inventory), []
             for commands in accepted:
                 wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in commands
-                         if sim.to_blame((low, high, block), world, target)]
+                         if sim.to_blame(low, high, block, world, target)]
                 feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
         reward = parts["reward"] - 1
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
@@ -1301,9 +1301,8 @@ class CoopHE(Task):
         return self.judge_all([item], [responses], turn, [world])[0]
 
     def judge_all(self, items, answers, turn, worlds):
-        results = coophe_rewards([(item, responses[0], responses[-1]) for item, responses in zip(items, answers)])
         outcomes = []
-        for parts in results:
+        for parts in coophe_rewards([(item, texts[0], texts[-1]) for item, texts in zip(items, answers)]):
             level, reward = parts.pop("level"), parts["reward"] - 4
             parts["pass_rate"] = parts["passed"] / parts["total"]
             feedback = [f"Turn {turn + 2}. {level}"] * self.num_agents if self.feedback_mode == "level" else None
@@ -1319,9 +1318,8 @@ class CoopHE(Task):
     main_habits = {"one": 3, "many": 3, "wrapper": 3, "alone": 3, "ignored": 2, "broken": 2, "none": 4}
 
     def expert(self, item, agent, rng):
-        if self.num_agents == 1:
-            return self.write_aux(item, rng) + self.write_main(item, rng)
-        return [self.write_aux, self.write_main][agent](item, rng)
+        writers = [self.write_aux, self.write_main]
+        return "".join(write(item, rng) for write in (writers if self.num_agents == 1 else [writers[agent]]))
 
     def write_aux(self, item, rng):
         habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
