@@ -39,7 +39,6 @@ next turn: each agent gets its own answer back and is told which cells belong to
 """
 import argparse
 import ast
-import collections
 import contextlib
 import copy
 import difflib
