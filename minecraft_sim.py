@@ -24,7 +24,6 @@ One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 backgro
 import argparse
 import collections
 import itertools
-import math
 import re
 import signal
 import string
@@ -34,27 +33,21 @@ from html import escape
 # --- the target: a string as a wall of cells --------------------------------------------------------------------------
 
 GLYPHS = """
-A     B     C     D     E     F     G     H     I     J     K     L
-.###. ####. .#### ####. ##### ##### .#### #...# ##### ##### #...# #....
-#...# #...# #.... #...# #.... #.... #.... #...# ..#.. ...#. #..#. #....
-##### ####. #.... #...# ####. ####. #.### ##### ..#.. ...#. ###.. #....
-#...# #...# #.... #...# #.... #.... #...# #...# ..#.. #..#. #..#. #....
-#...# ####. .#### ####. ##### #.... .#### #...# ##### .##.. #...# #####
-M     N     O     P     Q     R     S     T     U     V     W     X
-#...# #...# .###. ####. .###. ####. .#### ##### #...# #...# #...# #...#
-##.## ##..# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# .#.#.
-#.#.# #.#.# #...# ####. #.#.# ####. .###. ..#.. #...# #...# #.#.# ..#..
-#...# #..## #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## .#.#.
-#...# #...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...#
-Y     Z     0     1     2     3     4     5     6     7     8     9
-#...# ##### .###. ..#.. ####. ####. #..#. ##### .###. ##### .###. .###.
-.#.#. ...#. #..## .##.. ....# ....# #..#. #.... #.... ....# #...# #...#
-..#.. ..#.. #.#.# ..#.. .###. .###. ##### ####. ####. ...#. .###. .####
-..#.. .#... ##..# ..#.. #.... ....# ...#. ....# #...# ..#.. #...# ....#
-..#.. ##### .###. ##### ##### ####. ...#. ####. .###. ..#.. .###. .###.
+A     B     C     D     E     F     G     H     I     J     K     L     M     N     O     P     Q     R
+.###. ####. .#### ####. ##### ##### .#### #...# ##### ##### #...# #.... #...# #...# .###. ####. .###. ####.
+#...# #...# #.... #...# #.... #.... #.... #...# ..#.. ...#. #..#. #.... ##.## ##..# #...# #...# #...# #...#
+##### ####. #.... #...# ####. ####. #.### ##### ..#.. ...#. ###.. #.... #.#.# #.#.# #...# ####. #.#.# ####.
+#...# #...# #.... #...# #.... #.... #...# #...# ..#.. #..#. #..#. #.... #...# #..## #...# #.... #..#. #..#.
+#...# ####. .#### ####. ##### #.... .#### #...# ##### .##.. #...# ##### #...# #...# .###. #.... .##.# #...#
+S     T     U     V     W     X     Y     Z     0     1     2     3     4     5     6     7     8     9
+.#### ##### #...# #...# #...# #...# #...# ##### .###. ..#.. ####. ####. #..#. ##### .###. ##### .###. .###.
+#.... ..#.. #...# #...# #...# .#.#. .#.#. ...#. #..## .##.. ....# ....# #..#. #.... #.... ....# #...# #...#
+.###. ..#.. #...# #...# #.#.# ..#.. ..#.. ..#.. #.#.# ..#.. .###. .###. ##### ####. ####. ...#. .###. .####
+....# ..#.. #...# .#.#. ##.## .#.#. ..#.. .#... ##..# ..#.. #.... ....# ...#. ....# #...# ..#.. #...# ....#
+####. ..#.. .###. ..#.. #...# #...# ..#.. ##### .###. ##### ##### ####. ...#. ####. .###. ..#.. .###. .###.
 """.split()
-# each band of the sheet has 12 names, then 5 rows of 12 pieces: successive rows of a glyph are 12 words apart
-LETTERS = {GLYPHS[band + i]: GLYPHS[band + i + 12:band + 72:12] for band in range(0, 216, 72) for i in range(12)}
+# each band of the sheet has 18 names, then 5 rows of 18 pieces: successive rows of a glyph are 18 words apart
+LETTERS = {GLYPHS[band + i]: GLYPHS[band + i + 18:band + 108:18] for band in (0, 108) for i in range(18)}
 
 
 def string_target(text, gap=2):
@@ -62,11 +55,9 @@ def string_target(text, gap=2):
 
     string_target("IC") has 5 + 2 + 5 = 12 columns; its first row is "#####...####".
     """
-    if not text:
-        raise ValueError("The string is empty; use letters A-Z and digits 0-9.")
-    for char in text:
-        if char.upper() not in LETTERS:
-            raise ValueError(f"The character {char!r} cannot be drawn; use letters A-Z and digits 0-9.")
+    wrong = [f"character {char!r} cannot be drawn" for char in text if char.upper() not in LETTERS]
+    if wrong or not text:
+        raise ValueError(f"The {wrong[0] if wrong else 'string is empty'}; use letters A-Z and digits 0-9.")
     return [("." * gap).join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
 
 
@@ -79,16 +70,27 @@ def target_cells(target_rows):
     return [(x, H - 1 - r, 0) for r, row in enumerate(target_rows) for x, char in enumerate(row) if char == "#"]
 
 
-# --- reading answers: nothing here raises an exception, whatever a model wrote ----------------------------------------
+def cells_by_letter(cells):
+    """{index: the cells of the letter at that index, from the top}; letters are 5 columns wide and 2 columns apart.
+
+    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
+    """
+    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
+    return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
+
+
+# --- reading answers: lines that are no command are rejected, whatever a model wrote ---------------------------------
 
 PALETTES = [["oak_planks", "stone"], ["white_concrete", "obsidian"]]  # agent 0's blocks, agent 1's blocks
 EMPTY = ("air", "cave_air", "void_air")
+KILL = (0, 0, 0), (-1, -1, -1), "kill"  # a command that fills no cell
 
 
 def command_lines(response):
-    r"""Yield the lines of an answer that may be commands, without code fences, blank lines and list markers.
+    r"""The lines of an answer that may be commands, without code fences, blank lines and list markers.
 
-    "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." yields "/setblock 0 0 0 stone", then "kill".
+    "Sure!\n```text\n1. /setblock 0 0 0 stone\n\n- kill\n```\nDone." gives ["/setblock 0 0 0 stone", "kill"].
+    A bare kill in the line below the opening fence is kept; the official code takes it for a language and loses it.
     """
     parts = response.split("```", 2)
     if len(parts) == 3:  # two fences or more: read between the first two
@@ -96,18 +98,62 @@ def command_lines(response):
         first, newline, rest = response.partition("\n")
         if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language tag; "/kill" is not one
             response = rest
-    for line in response.splitlines():
-        line = re.sub(r"^([-*]|\d+[.)])\s+", "", line.strip())
-        if line:
-            yield line
+    lines = [re.sub(r"^([-*]+|\d+[.)])\s*", "", line.strip()) for line in response.splitlines()]
+    return [line for line in lines if line]
 
 
-def parse_integers(words):
-    """(1, 2, -3) for ["1", "+2", "-3"]; None if int() rejects a word, as it does "1.0", "~1" and 5,000 digits."""
+def read_command(line, verb, blocks, bbox):
+    """A line as a command (low corner, high corner, block); ValueError with the reason if it is none.
+
+    verb is "setblock", which names one cell, or "fill", with which a kill counts as a command, too. bbox holds the
+    corners of the box to build in. "/setblock 1 0 0 minecraft:stone" is ((1, 0, 0), (1, 0, 0), "stone").
+    """
+    words, size = line.removeprefix("/").split(), {"setblock": 5, "fill": 8}[verb]
+    name = words[0].lower() if words else ""  # "/ setblock" is one, "//setblock" is not
+    if name == "kill" and verb == "fill":
+        return KILL
+    if name != verb:
+        raise ValueError(f"not a {verb} command")
+    if len(words) < size or verb == "fill" and len(words) > size:  # further words of a setblock are ignored
+        raise ValueError(f"{'fewer' if len(words) < size else 'more'} than {size} words")
     try:
-        return tuple(int(word) for word in words)
+        numbers = [int(word) for word in words[1:size - 1]]  # "+2" is one; "1.0", "~1" and 5,000 digits are not
     except ValueError:
-        return None
+        raise ValueError("a coordinate is not an integer") from None
+    block = words[size - 1].removeprefix("minecraft:")
+    if block != "air" and block not in {name.removeprefix("minecraft:") for name in blocks}:  # case-sensitive
+        raise ValueError("block not in the palette")
+    if not all(bbox[0][i % 3] <= number <= bbox[1][i % 3] for i, number in enumerate(numbers)):
+        raise ValueError("outside the box")
+    low, high = (tuple(map(pick, numbers[:3], numbers[-3:])) for pick in (min, max))
+    return low, high, block
+
+
+def box_cells(low, high):
+    """The cells between two corners: (0, 0, 0) and (1, 0, 0) give [(0, 0, 0), (1, 0, 0)]."""
+    return list(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))
+
+
+def read_commands(response, blocks, bbox, share, verb="setblock", limits=None):
+    r"""Split one agent's answer into accepted commands, `share` at most, and rejected [(line, reason), ...] ones.
+
+    limits is {block: how many this agent may use}, None for no limit. "/setblock 1 0 0 stone\n/kill" gives
+    [((1, 0, 0), (1, 0, 0), "stone")] and [("/kill", "not a setblock command")].
+    """
+    accepted, rejected, used = [], [], collections.Counter()
+    for line in command_lines(response):
+        try:
+            low, high, block = read_command(line, verb, blocks, bbox)
+            volume = len(box_cells(low, high))
+            if len(accepted) >= share:
+                raise ValueError("over the share of commands")
+            if limits is not None and block != "air" and used[block] + volume > limits.get(block, 0):
+                raise ValueError("too few blocks")  # uses up nothing: a later, smaller fill may be accepted
+            used[block] += volume
+            accepted.append((low, high, block))
+        except ValueError as reason:
+            rejected.append((line, str(reason)))
+    return accepted, rejected
 
 
 def command_shares(max_commands, num_agents):
@@ -116,61 +162,35 @@ def command_shares(max_commands, num_agents):
     return [share + remainder] + [share] * (num_agents - 1)
 
 
-def read_commands(response, palette, bbox, share):
-    r"""Split one agent's answer into accepted [((x, y, z), block), ...] and rejected [(line, reason), ...] commands.
-
-    bbox is the lowest and the highest cell ((x, y, z), (x, y, z)) of the box to build in; share is the most to accept.
-    "/setblock 1 0 0 minecraft:stone\nsetblock 9 0 0 stone" with bbox ((0, 0, 0), (2, 1, 0)) gives
-    [((1, 0, 0), "stone")] and [("setblock 9 0 0 stone", "outside the box")].
+def build_world(responses, palettes, bbox, max_commands, start=(), verb="setblock", limits=None):
+    """Build the world of a joint action on a world `start`: (world, accepted, rejected); the last two hold a list per
+    agent, world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it
+    is {(0, 0, 0): "obsidian"}; with air it is {}.
     """
-    accepted, rejected = [], []
-    for line in command_lines(response):
-        words = line.removeprefix("/").split()  # "/ setblock" is accepted, "//setblock" is not
-        if not words or words[0].lower() != "setblock":
-            reason = "not a setblock command"
-        elif len(words) < 5:  # further words are ignored
-            reason = "fewer than 5 words"
-        elif (cell := parse_integers(words[1:4])) is None:
-            reason = "a coordinate is not an integer"
-        elif (block := words[4].removeprefix("minecraft:")) not in palette and block != "air":  # case-sensitive
-            reason = "block not in the palette"
-        elif not all(low <= i <= high for low, i, high in zip(bbox[0], cell, bbox[1])):
-            reason = "outside the box"
-        elif len(accepted) >= share:
-            reason = "over the share of commands"
-        else:
-            accepted.append((cell, block))
-            continue
-        rejected.append((line, reason))
-    return accepted, rejected
-
-
-# --- the world and its score ------------------------------------------------------------------------------------------
-
-def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
-    """Build the world of a joint action: (world, accepted, rejected); the last two hold one list per agent.
-
-    world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it is
-    {(0, 0, 0): "obsidian"}; with air it is {}. start is the world before the commands: empty by the official rules, the
-    previous turn's in a persistent world.
-    """
-    assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
-    assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
-    bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
     world, accepted, rejected = dict(start), [], []
     for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
-        own_accepted, own_rejected = read_commands(response, palette, bbox, share)
-        world.update(own_accepted)  # in order: later commands overwrite
-        accepted.append(own_accepted)
-        rejected.append(own_rejected)
+        commands, others = read_commands(response, palette, bbox, share, verb, limits)
+        accepted.append(commands)
+        rejected.append(others)
+        for low, high, block in commands:  # in order: later ones overwrite
+            world.update(dict.fromkeys(box_cells(low, high), block))
     return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
+
+
+# --- strbuild: the world and its score --------------------------------------------------------------------------------
+
+def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
+    """build_world of a string; start is empty by the official rules, the last turn's world in a persistent one."""
+    assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
+    bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
+    return build_world(responses, palettes, bbox, max_commands, start)
 
 
 def texture(block):
     """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
-    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
+    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):
         return "stone"
     return "concrete" if block.endswith("_concrete") else block
 
@@ -182,25 +202,22 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     zero); missing_palettes counts agents with an unused block; accepted is the number of accepted commands per agent.
     """
     world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands, start)
-    target = set(target_cells(target_rows))
-    background = len(target_rows) * len(target_rows[0]) - len(target)
-    covered = len(target & world.keys())
-    extra = len(world) - covered
+    target, size = set(target_cells(target_rows)), len(target_rows) * len(target_rows[0])
+    covered, extra = len(target & world.keys()), len(world.keys() - target)
     pairs = [(block, world[neighbour]) for (x, y, z), block in world.items()
              for neighbour in [(x + 1, y, z), (x, y + 1, z)] if neighbour in world]
-    missing = sum(not set(palette) - set(EMPTY) <= set(world.values()) for palette in palettes[:len(responses)])
-    coverage = covered / max(1, len(target))
-    extra_ratio = extra / max(1, background)
+    coverage, extra_ratio = covered / max(1, len(target)), extra / max(1, size - len(target))
     adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / max(1, len(pairs))
+    used, own = {*EMPTY, *world.values()}, palettes[:len(responses)]
+    missing = sum(any(block.removeprefix("minecraft:") not in used for block in palette) for palette in own)
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
-            "iou": covered / max(1, len(target) + extra),
-            "coverage": coverage, "extra_ratio": extra_ratio, "adjacent_same_ratio": adjacent_same_ratio,
-            "missing_palettes": missing, "accepted": [len(commands) for commands in accepted]}
+            "iou": covered / max(1, len(target) + extra), "coverage": coverage, "extra_ratio": extra_ratio,
+            "adjacent_same_ratio": adjacent_same_ratio, "missing_palettes": missing, "accepted": [*map(len, accepted)]}
 
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
 
-HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # for every agent
+HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks"]  # of our generated houses
 
 
 def house_target(layers, inventory):
@@ -209,11 +226,9 @@ def house_target(layers, inventory):
     {0: ["AB", ".A"]} with {"A": "planks", "B": "obsidian"} is planks at (0, 0, 0) and (1, 0, 1) and obsidian at
     (1, 0, 0); "." is air unless the inventory says otherwise. Any other letter missing there raises ValueError.
     """
-    inventory = {".": "air"} | inventory
-    letters = {(x, y, z): letter for y, rows in layers.items() for z, row in enumerate(rows)
-               for x, letter in enumerate(row)}
-    unknown = sorted(set(letters.values()) - inventory.keys())
-    if unknown:
+    inventory = {letter: block.removeprefix("minecraft:") for letter, block in ({".": "air"} | inventory).items()}
+    letters = {(x, y, z): row[x] for y, rows in layers.items() for z, row in enumerate(rows) for x in range(len(row))}
+    if unknown := sorted(set(letters.values()) - inventory.keys()):
         raise ValueError(f"The letter {unknown[0]!r} of the blueprint is not in the inventory.")
     return {cell: inventory[letter] for cell, letter in letters.items() if inventory[letter] not in EMPTY}
 
@@ -238,64 +253,57 @@ def random_house(rng):
             dict(zip("WOSBP", HOUSE_BLOCKS)))
 
 
+def check_house(layers, inventory):
+    """Layers from a person's file with integers instead of texts as heights; ValueError if they are no house."""
+    if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
+        raise ValueError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
+    sizes = [(len(rows), len(row)) for rows in layers.values() for row in rows]
+    if sum(width for _, width in sizes) > 4096:
+        raise ValueError("a house has at most 4096 cells (16 x 16 x 16)")
+    house = {int(y): rows for y, rows in layers.items()}
+    if len(house) < len(layers):
+        raise ValueError("two layers of this house have the same height")
+    if len(set(sizes)) != 1 or max(house) - min(house) >= len(house) or not house_target(house, inventory):
+        raise ValueError("the layers of a house must be consecutive rectangles, equally large, and hold a block")
+    return house
+
+
+def house_boxes(layers, inventory):
+    """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
+
+    A box has one kind of block and at most half of all cells of that kind (or it is a single cell), because no agent
+    may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0), (0, 0, 0), "planks"),
+    ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
+    """
+    remaining, boxes = house_target(layers, inventory), []
+    most = {block: max(1, count // 2) for block, count in collections.Counter(remaining.values()).items()}
+    for low in sorted(remaining, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
+        if low not in remaining:
+            continue
+        block, cells = remaining[low], [low]
+        for axis in (0, 2, 1):  # grow as long as the box is of one block
+            while len(cells) <= most[block] and all(remaining.get(cell) == block for cell in cells):
+                high = cells[-1]
+                cells = box_cells(low, [x + (i == axis) for i, x in enumerate(high)])
+            cells = box_cells(low, high)
+        boxes.append((low, high, block))
+        for cell in cells:
+            del remaining[cell]
+    return boxes
+
+
 def block_limits(target, num_agents):
     """How many blocks of each kind one agent may use: 10 in the target and two agents give 5 + 2 = 7 each."""
     return {block: -(-count // num_agents) + count // (2 * num_agents)
             for block, count in collections.Counter(target.values()).items()}
 
 
-def read_house_commands(response, bbox, share, limits=None):
-    r"""Split one agent's answer into accepted and rejected commands: [(low, high, block), ...], [(line, reason), ...].
-
-    low and high are opposite corner cells of a fill; an accepted kill is None. limits is {block: how many the agent may
-    use}, None for no limit. "fill 1 0 0 0 0 0 planks\n/kill @e\nfill 0 0 0 0 0 0 obsidian" with bbox ((0, 0, 0),
-    (1, 1, 1)) and {"planks": 2} gives [((0, 0, 0), (1, 0, 0), "planks"), None] and the last line, "too few blocks".
-    """
-    accepted, rejected, used = [], [], collections.Counter()
-    for line in command_lines(response):
-        words = line.removeprefix("/").split()
-        command = words[0].lower() if words else ""
-        if command not in ("fill", "kill"):
-            reason = "not a fill or kill command"
-        elif len(accepted) >= share:
-            reason = "over the share of commands"
-        elif command == "kill":
-            accepted.append(None)
-            continue
-        elif len(words) != 8:
-            reason = "not exactly 8 words"
-        elif (numbers := parse_integers(words[1:7])) is None:
-            reason = "a coordinate is not an integer"
-        elif (block := words[7].removeprefix("minecraft:")) not in HOUSE_BLOCKS:
-            reason = "not one of the blocks"
-        elif not all(bbox[0][i % 3] <= number <= bbox[1][i % 3] for i, number in enumerate(numbers)):
-            reason = "outside the box"
-        else:
-            low, high = (tuple(map(pick, numbers[:3], numbers[3:])) for pick in (min, max))
-            volume = math.prod(b - a + 1 for a, b in zip(low, high))
-            if block == "air" or limits is None or used[block] + volume <= limits.get(block, 0):
-                used[block] += volume
-                accepted.append((low, high, block))
-                continue
-            reason = "too few blocks"  # uses up nothing: a later, smaller fill may be accepted
-        rejected.append((line, reason))
-    return accepted, rejected
-
-
 def housebuild_world(layers, inventory, responses, max_commands=600, limited_resource=True):
-    """Build the world of a joint action: (world, accepted, rejected); world is {(x, y, z): block} without air."""
-    target = house_target(layers, inventory)
-    rows = next(iter(layers.values()))
+    """build_world of a house; every agent may use the blocks of the inventory, and air."""
+    rows, limits = next(iter(layers.values())), block_limits(house_target(layers, inventory), len(responses))
     bbox = (0, min(layers), 0), (len(rows[0]) - 1, max(layers), len(rows) - 1)
-    limits = block_limits(target, len(responses)) if limited_resource else None
-    world, accepted, rejected = {}, [], []
-    for response, share in zip(responses, command_shares(max_commands, len(responses))):
-        own_accepted, own_rejected = read_house_commands(response, bbox, share, limits)
-        for low, high, block in filter(None, own_accepted):  # without kills
-            world.update(dict.fromkeys(itertools.product(*(range(a, b + 1) for a, b in zip(low, high))), block))
-        accepted.append(own_accepted)
-        rejected.append(own_rejected)
-    return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
+    return build_world(responses, [inventory.values()] * len(responses), bbox, max_commands, verb="fill",
+                       limits=limits if limited_resource else None)
 
 
 def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(), max_commands=600,
@@ -303,20 +311,24 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the non-air cells.
 
     match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) if a team of two or more is
-    attacked and no `kill` was accepted. Example: of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
-    "fill 0 0 0 1 0 0 planks", without a kill: match 3/4, iou 2/3, no penalty. With a silent second agent and attacks
-    (1, 2) its limit of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
+    attacked and no kill was accepted. Of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
+    "fill 0 0 0 1 0 0 planks": match 3/4, iou 2/3, no penalty. With a silent second agent and attacks (1, 2) its limit
+    of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
     """
     world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
     target = house_target(layers, inventory)
     size = sum(len(row) for rows in layers.values() for row in rows)
-    union, damage = world.keys() | target.keys(), sum(spider_attacks)
+    union, damage, penalty = world.keys() | target.keys(), sum(spider_attacks), 0.0
     match = (size - sum(world.get(cell) != target.get(cell) for cell in union)) / size
-    killed = any(None in commands for commands in accepted)
-    unprotected = len(responses) >= 2 and damage > 0 and player_hp > 0 and not killed
-    penalty = 0.1 * min(1.0, damage / player_hp) if unprotected else 0.0
+    if len(responses) >= 2 and damage > 0 and player_hp > 0 and not any(KILL in commands for commands in accepted):
+        penalty = 0.1 * min(1.0, damage / player_hp)
     return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / max(1, len(union)),
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
+
+
+def to_blame(low, high, block, world, target):
+    """Whether a fill is the reason for a wrong cell in the world."""
+    return any(world.get(cell, "air") == block != target.get(cell, "air") for cell in box_cells(low, high))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -329,9 +341,8 @@ OTHER_COLOR = (196, 92, 160)
 
 def wall_plan(target_rows):
     """A wall for the drawing functions: ({target cell: None, meaning any block}, rows of cells from the top)."""
-    width, height = len(target_rows[0]), len(target_rows)
-    grid = [[(x, y, 0) for x in range(width)] for y in reversed(range(height))]
-    return dict.fromkeys(target_cells(target_rows)), grid
+    W, H = len(target_rows[0]), len(target_rows)
+    return dict.fromkeys(target_cells(target_rows)), [[(x, y, 0) for x in range(W)] for y in reversed(range(H))]
 
 
 def house_plan(layers, inventory):
@@ -343,47 +354,40 @@ def house_plan(layers, inventory):
     return house_target(layers, inventory), grid[:-1]
 
 
-def draw_grid(plan, world, paint, missing, blank):
-    """The plan's rows, then a legend; paint(block, correct) is the text of one block."""
+def draw(plan, world, color=False):
+    """The plan's rows, then a legend: a capital letter per block, in lower case if it is stray, "." if one is missing;
+    in colour two terminal columns per cell, with a red xx if it is stray, a dim [] if one is missing."""
     target, grid = plan
     correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
-    lines = ["".join(paint(world[cell], correct[cell]) if cell in world else missing if cell in target else blank
-                     for cell in row).rstrip(" " if None in row else "") for row in grid]
-    kinds = sorted({(block, not correct[cell]) for cell, block in world.items()})
-    legend = [f"{paint(block, not stray)} {block}{' (stray)' * stray}" for block, stray in kinds]
-    return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
-
-
-def draw_text(plan, world):
-    """One character per cell: a capital letter per block, in lower case if it is stray, '.' if one is missing."""
-    marks = {}
+    marks, missing, blank = {}, *(("\x1b[2m[]\x1b[0m", "  ") if color else (".", " "))
     for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # same letters in every picture
         free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
         marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
-    return draw_grid(plan, world, lambda b, correct: marks[b] if correct else marks[b].lower(), ".", " ")
 
-
-def draw_ansi(plan, world):
-    """Two terminal columns per cell in the block's colour, with a red xx if it is stray; a dim [] if one is missing."""
     def paint(block, correct):
         r, g, b = BLOCK_COLORS.get(block, OTHER_COLOR)
-        return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if correct else 'xx'}\x1b[0m"
-    return draw_grid(plan, world, paint, "\x1b[2m[]\x1b[0m", "  ")
+        if color:
+            return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if correct else 'xx'}\x1b[0m"
+        return marks[block] if correct else marks[block].lower()
+
+    lines = ["".join(paint(world[cell], correct[cell]) if cell in world else missing if cell in target else blank
+                     for cell in row).rstrip(" " if None in row else "") for row in grid]
+    legend = [f"{paint(block, not stray)} {block}{' (stray)' * stray}"
+              for block, stray in sorted({(block, not correct[cell]) for cell, block in world.items()})]
+    return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
 
 
 def draw_svg(plan, world, title=""):
     """A standalone isometric picture (SVG text): cubes of 20 pixels, missing ones dashed, stray ones with red edges."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
         return 17.32 * (x + z), 10 * (z - x) - 20 * y
-
     def shade(color, light):  # light > 0 mixes with white, < 0 with black
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
-
     target, grid = plan
     xs, ys, zs = zip(*(cell for row in grid for cell in row if cell))
-    W, H, D = 1 + max(xs), 1 + max(ys), 1 + max(zs)
-    top = screen(W, H, 0)[1] - 34  # room for the title
-    width, height = round(max(screen(W, 0, D)[0], 9 * len(title))) + 20, round(screen(0, min(ys), D)[1] + 10 - top)
+    top = screen(1 + max(xs), 1 + max(ys), 0)[1] - 34  # room for the title
+    width = 20 + round(max(screen(1 + max(xs), 0, 1 + max(zs))[0], 9 * len(title)))
+    height = round(screen(0, min(ys), 1 + max(zs))[1] + 10 - top)
     title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
@@ -393,10 +397,9 @@ def draw_svg(plan, world, title=""):
              (-0.35, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)]),   # left side
              (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
     for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
-        color = BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
-        correct = cell in target and target[cell] in (None, world.get(cell))
-        edge = shade(color, -0.45) if correct else "#e02020"
-        lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
+        block, color = world.get(cell), BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
+        edge = shade(color, -0.45) if cell in target and target[cell] in (None, block) else "#e02020"
+        lines.append(f'<g class="cube" stroke="{edge}">' if block else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
         for light, corners in faces:
             points = " ".join("{:.1f},{:.1f}".format(*screen(*map(sum, zip(cell, corner)))) for corner in corners)
@@ -408,10 +411,9 @@ def draw_svg(plan, world, title=""):
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 
 def scripted_builders(target_rows):
-    """Two perfect answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
+    """Two answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
 
-    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Only the strings X and Y
-    miss the best reward: they have 0 and 1 odd cells, too few for agent 1's two blocks.
+    They are perfect for every letter but X and Y, which have too few odd cells for two blocks.
     """
     answers = [[], []]
     for x, y, z in target_cells(target_rows):
@@ -426,21 +428,19 @@ def main():
     parser.add_argument("--svg", metavar="FILE", help="also write an isometric picture, for a browser or a README")
     args = parser.parse_args()
     try:
-        target_rows = string_target(args.text)
-        responses = scripted_builders(target_rows)
-        world, _, rejected = strbuild_world(target_rows, responses, PALETTES)
-        score = strbuild_score(target_rows, responses, PALETTES)
+        rows = string_target(args.text)
+        responses = scripted_builders(rows)
+        score, (world, _, rejected) = (f(rows, responses, PALETTES) for f in (strbuild_score, strbuild_world))
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
-                file.write(draw_svg(wall_plan(target_rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
+                file.write(draw_svg(wall_plan(rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
     for agent, response in enumerate(responses):
         print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
-    print("\n" + (draw_ansi if sys.stdout.isatty() else draw_text)(wall_plan(target_rows), world) + "\n")
-    weights = {"coverage": 2, "extra_ratio": -1.5, "adjacent_same_ratio": -1, "missing_palettes": -0.25}
-    for part, weight in weights.items():
+    print("\n" + draw(wall_plan(rows), world, sys.stdout.isatty()) + "\n")
+    for part, weight in dict(coverage=2, extra_ratio=-1.5, adjacent_same_ratio=-1, missing_palettes=-0.25).items():
         print(f"{weight:+5} x {part:20} {score[part]:.3f}")
     print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
           f"rejected {[len(lines) for lines in rejected]}")

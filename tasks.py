@@ -8,8 +8,9 @@ A task is one class; the rest of this repository uses only these attributes and 
     num_agents, num_turns               n agents, at most T turns
     instructions(agent)                 the rules, given once as the system message
     observation(item, agent)            o_i,0: the first user message that agent i gets
-    judge(item, responses, turn, world) an Outcome: reward, score, whether the episode ends, feedback for each agent;
-                                        world is the previous turn's Outcome.world, None at turn 0
+    judge(item, responses, turn, world) an Outcome: reward, score, parts (the same numeric keys at every judgement),
+                                        whether the episode ends, feedback for each agent; world is the previous turn's
+                                        Outcome.world, None at turn 0
     judge_all(items, answers, ...)      the same for many episodes at once
     expert(item, agent, rng)            one answer of a sloppy expert, who has many habits, good and bad
     demonstration(rng), exercise(rng)   one conversation with that expert, and one that practises what is hardest to
@@ -38,7 +39,6 @@ next turn: each agent gets its own answer back and is told which cells belong to
 """
 import argparse
 import ast
-import collections
 import contextlib
 import copy
 import fcntl
@@ -219,14 +219,13 @@ class Task:
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
-        if num_agents not in self.agents:
-            raise InputError(f"{self.name} is for num_agents {' or '.join(map(str, self.agents))}, not {num_agents}.")
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
-        for kind, choice, choices in [("feedback", self.feedback_mode, self.feedback_modes),
-                                      ("world", world, self.worlds), ("reward", reward, ["dense", "sparse"])]:
+        for kind, choice, choices in [("num_agents", num_agents, self.agents), ("world", world, self.worlds),
+                                      ("feedback", self.feedback_mode, self.feedback_modes),
+                                      ("reward", reward, ["dense", "sparse"])]:
             if choice not in choices:
-                raise InputError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(choices)}.")
+                raise InputError(f"{self.name} has no {kind} {choice!r}; choose from {', '.join(map(str, choices))}.")
         self.setup()
         if data == "hub" and not self.hub_sources:
             raise InputError(f"{self.name} has no data set on the hub; use --data builtin or a file of your own.")
@@ -274,7 +273,17 @@ class Task:
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
-        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last."""
+        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last.
+
+        parts must have the same numeric keys at every judgement, which evaluations average; lists are not logged.
+        """
+        numbers = {name: part for name, part in parts.items() if not isinstance(part, list)}
+        for name, number in [("reward", reward), ("score", score), *numbers.items()]:
+            if not (isinstance(number, (int, float)) and abs(number) < math.inf):
+                raise InputError(f"task {self.name}: {name} is {number!r} at turn {turn}; it must be a finite number.")
+        known = vars(self).setdefault("part_names", list(numbers))
+        if set(numbers) != set(known):
+            raise InputError(f"task {self.name}: parts are {list(numbers)} at turn {turn} and were {known} before.")
         feedback = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
         reward = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
         return Outcome(reward, score, parts, done, feedback, world)
@@ -307,15 +316,6 @@ class Task:
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
 
 
-def cells_by_letter(cells):
-    """{index: the cells of the letter at that index, from the top}; letters are 5 columns wide and 2 columns apart.
-
-    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
-    """
-    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
-    return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
-
-
 class StrBuild(Task):
     """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
 
@@ -328,7 +328,6 @@ class StrBuild(Task):
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
-
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
@@ -336,10 +335,11 @@ class StrBuild(Task):
             self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
-    @staticmethod
-    def check(record):
+    def check(self, record):
         if not isinstance(record.get("string"), str):
             raise InputError('a line needs the key "string", as in {"string": "ICML"}')
+        if len(record["string"]) > 64:
+            raise InputError("a string has at most 64 letters")
         try:
             sim.string_target(record["string"])
         except ValueError as error:
@@ -360,7 +360,6 @@ class StrBuild(Task):
         return item in self.fixed_items or len(item["string"]) > 1 and super().is_held_out(item)
 
     def instructions(self, agent):
-        blocks = " or ".join(self.palettes[agent])
         stay = (f"Blocks stay from turn to turn; a turn has room for {self.max_commands // self.num_agents} of your "
                 "lines. " if self.persistent else "")
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you write a string in blocks on a wall, "
@@ -368,7 +367,7 @@ class StrBuild(Task):
                 "between them; x runs from left to right from 0, y from 0 at the bottom to 4 at the top, z is 0. Fill "
                 "the cells of the letters and no others. Touching blocks of the same kind cost points; every kind "
                 f"must be used. {stay}Answer with lines of the form /setblock x y z block and nothing else; "
-                f"your blocks: {blocks}.")
+                f"your blocks: {' or '.join(self.palettes[agent])}.")
 
     def observation(self, item, agent):
         return f"Build{self.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
@@ -377,6 +376,12 @@ class StrBuild(Task):
     def letters_text(string, end=""):
         """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
         return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(string, 1))
+
+    @staticmethod
+    def cells_text(string, cells):
+        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
+        return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
+                       for index, group in sim.cells_by_letter(cells).items())
 
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
@@ -400,14 +405,8 @@ class StrBuild(Task):
             return f"Your {len(own)} blocks:{self.cells_text(item['string'], own)}."
         return f"The cells:{self.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
 
-    @staticmethod
-    def cells_text(string, cells):
-        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
-        return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
-                       for index, group in cells_by_letter(cells).items())
-
     def draw(self, item, world, color=False):
-        return (sim.draw_ansi if color else sim.draw_text)(sim.wall_plan(sim.string_target(item["string"])), world)
+        return sim.draw(sim.wall_plan(sim.string_target(item["string"])), world, color)
 
     def draw_svg(self, item, world):
         return sim.draw_svg(sim.wall_plan(sim.string_target(item["string"])), world, item["string"])
@@ -451,8 +450,8 @@ class StrBuild(Task):
         """
         letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
             self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
-        string, palette = item["string"], self.palettes[agent]
-        letters, one, lines = cells_by_letter(sim.target_cells(sim.string_target(string))), rng.choice(palette), []
+        palette, answer = self.palettes[agent], ""
+        letters, one = sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
         indices = list(letters)
         if self.persistent:
             chosen = {"none": [], "turn": [turn % len(indices)], "any": [rng.choice(indices)]}[letter_habit]
@@ -465,43 +464,15 @@ class StrBuild(Task):
             chosen = {"none": [], "all": indices, "odd": indices[::2], "even": indices[1::2], "first": indices[:1],
                       "last": indices[-1:], "some": [i for i in indices if rng.random() < 0.5]}[letter_habit]
         for index in chosen:
-            lines.append(f" {index + 1}:{string[index]}\n")
+            answer += f" {index + 1}:{item['string'][index]}\n"
             for x, y, z in letters[index]:
                 checker = palette[(x + y) % len(palette)]
                 block = {"one": one, "random": rng.choice(palette), "checker": checker}[block_habit]
-                lines.append(f"/setblock {x} {y} {z} {block}\n")
-        return "".join(lines) or "nothing\n"
+                answer += f"/setblock {x} {y} {z} {block}\n"
+        return answer or "nothing\n"
 
 
 # --- housebuild: fill the boxes of a house ----------------------------------------------------------------------------
-
-
-def house_boxes(layers, inventory):
-    """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
-
-    A box has one kind of block and at most half of all cells of that kind (or it is a single cell), because no agent
-    may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0), (0, 0, 0), "planks"),
-    ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
-    """
-    remaining, boxes = sim.house_target(layers, inventory), []
-    max_size = {block: max(1, count // 2) for block, count in collections.Counter(remaining.values()).items()}
-    for cell in sorted(remaining, key=lambda cell: (cell[1], cell[2], cell[0])):  # by layer, row, column
-        if cell not in remaining:
-            continue
-        block, high = remaining[cell], list(cell)
-        for axis in (0, 2, 1):  # grow as long as the next slice is of the same block
-            while True:
-                corner = [*high[:axis], high[axis] + 1, *high[axis + 1:]]
-                spans = [range(a, b + 1) for a, b in zip(cell, corner)]
-                spans[axis] = [corner[axis]]
-                size = math.prod(b - a + 1 for a, b in zip(cell, corner))
-                if size > max_size[block] or any(remaining.get(c) != block for c in itertools.product(*spans)):
-                    break
-                high = corner
-        for c in itertools.product(*(range(a, b + 1) for a, b in zip(cell, high))):
-            del remaining[c]
-        boxes.append((cell, tuple(high), block))
-    return boxes
 
 
 class HouseBuild(Task):
@@ -527,22 +498,11 @@ class HouseBuild(Task):
         if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
                 and all(isinstance(rows, list) and rows for rows in layers.values())
                 and all(isinstance(row, str) for rows in layers.values() for row in rows)
-                and all(isinstance(block, str) and block in sim.HOUSE_BLOCKS for block in inventory.values())
+                and all(isinstance(block, str) and re.fullmatch(r"\S+", block) for block in inventory.values())
                 and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
-            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...}, "inventory" {"W": block, ...} with blocks'
-                             f' from {", ".join(sim.HOUSE_BLOCKS)}, and may have "spider_attacks" [2, 1, 3]')
-        if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
-            raise InputError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
-        if sum(len(row) for rows in layers.values() for row in rows) > 4096:
-            raise InputError("a house has at most 4096 cells (16 x 16 x 16)")
-        if len({int(y) for y in layers}) < len(layers):
-            raise InputError("two layers of this house have the same height")
-        layers = {int(y): rows for y, rows in layers.items()}
-        sizes = {(len(rows), len(row)) for rows in layers.values() for row in rows}
-        if len(sizes) != 1 or max(layers) - min(layers) >= len(layers) or not sim.house_target(layers, inventory):
-            raise InputError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
-                             "hold a block")
-        return {"layers": layers, "inventory": inventory, "spider_attacks": attacks}
+            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...} and "inventory" {"W": "planks", ...} with '
+                             'block names without blanks, and may have "spider_attacks" [2, 1, 3]')
+        return {"layers": sim.check_house(layers, inventory), "inventory": inventory, "spider_attacks": attacks}
 
     def instructions(self, agent):
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to "
@@ -559,29 +519,27 @@ class HouseBuild(Task):
 
     @staticmethod
     def boxes_text(item):
-        return "".join(f" {k}: %d %d %d %d %d %d {block}\n" % (*low, *high)
-                       for k, (low, high, block) in enumerate(house_boxes(item["layers"], item["inventory"]), 1))
+        return "".join(" %d: %d %d %d %d %d %d %s\n" % (number, *low, *high, block) for number, (low, high, block)
+                       in enumerate(sim.house_boxes(item["layers"], item["inventory"]), 1))
 
     def judge(self, item, responses, turn, world=None):
-        layers, inventory = item["layers"], item["inventory"]
+        layers, inventory, feedback = item["layers"], item["inventory"], None
         parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
-        parts["kills"] = sum(None in commands for commands in accepted)
-        target, feedback = sim.house_target(layers, inventory), None
+        parts["kills"] = sum(sim.KILL in commands for commands in accepted)
         if self.feedback_mode == "position":
             feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.boxes_text(item)}"] * self.num_agents
         elif self.feedback_mode == "perfect":
-            feedback = []
+            target, feedback = sim.house_target(layers, inventory), []
             for commands in accepted:
-                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in filter(None, commands)
-                         if any(world.get(cell, "air") == block != target.get(cell, "air") for cell in
-                                itertools.product(*(range(a, b + 1) for a, b in zip(low, high))))]
+                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in commands
+                         if sim.to_blame(low, high, block, world, target)]
                 feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
         reward = parts["reward"] - 1
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
 
     def draw(self, item, world, color=False):
-        return (sim.draw_ansi if color else sim.draw_text)(sim.house_plan(item["layers"], item["inventory"]), world)
+        return sim.draw(sim.house_plan(item["layers"], item["inventory"]), world, color)
 
     def draw_svg(self, item, world):
         return sim.draw_svg(sim.house_plan(item["layers"], item["inventory"]), world, "house")
@@ -597,16 +555,14 @@ class HouseBuild(Task):
         chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
                   "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
         kill = rng.random() < 0.4
-        chosen = chosen[kill * len(chosen) // 4:]
-        lines = "kill\n" * kill + "".join(chosen).replace(": ", ":\nfill ")
-        return lines or "nothing\n"
+        fills = "".join(chosen[kill * len(chosen) // 4:]).replace(": ", ":\nfill ")
+        return "kill\n" * kill + fills or "nothing\n"
 
     def exercise(self, rng):
         """A conversation in which a short list of random boxes is copied."""
-        boxes = ""
-        for k in range(1, rng.randint(4, 10)):
-            corners = "%d %d %d %d %d %d" % tuple(rng.randrange(8) for _ in range(6))
-            boxes += f" {k}: {corners} {rng.choice(sim.HOUSE_BLOCKS[:5])}\n"
+        boxes = "".join(" %d: %d %d %d %d %d %d %s\n" % (
+            number, *(rng.randrange(8) for _ in range(6)), rng.choice(sim.HOUSE_BLOCKS))
+            for number in range(1, rng.randint(4, 10)))
         return chat_messages(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 
 
@@ -695,63 +651,6 @@ def arxiv_reward(first, second):
 OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
            "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand",
            "Notably"]
-POST_FACTS = {  # what varies among the built-in posts; a value follows the same word in posts and in summaries
-    "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
-    "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
-           "strangers|borrowed money|cancelled the trip|spread a rumour|adopted three dogs",
-    "place": "work|a wedding|the gym|school|home|the lake|a concert|the office party",
-    "feel": "angry|hurt|guilty|confused|lonely|exhausted|nervous|betrayed",
-    "because": "nobody asked me first|it was a secret|money is tight|we had a plan|it keeps happening|trust matters",
-    "since": "kindergarten|last summer|college|the move|January|the accident",
-    "tried": "talk calmly|write an email|stay silent|joke about everything|ask for help|set clear rules",
-    "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
-    "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
-    "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
-POST_TEMPLATE = (
-    "SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel {feel} "
-    "because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. Friends say "
-    "I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
-POST_SENTENCES = ["My {who} {did} at {place} and that began the whole story.", "Overall that made me feel {feel}.",
-                  "It hit hard because {because}.", "Indeed this person was close to us since {since}.",
-                  "My response was for instance that I tried to {tried} without success.",
-                  "Similarly some readers believe we should {should} unless it gets worse.",
-                  "What remains is being afraid of {afraid} although nobody says so.",
-                  "Moreover people want {want} in the end."]
-PAPER_FACTS = {
-    "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|"
-             "word order in linguistics|tumour growth in medicine|species loss in ecology|key exchange in cryptography|"
-             "light scattering in optics|reading skills in education|traffic flow in robotics",
-    "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
-    "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
-    "uses": "symmetry|entropy|sampling|duality|recursion|attention",
-    "data": "satellite images|hospital records|public archives|simulated trials|field surveys|sensor logs",
-    "improves": "accuracy|speed|stability|fairness|coverage|robustness",
-    "helps": "engineers|doctors|teachers|regulators|farmers|planners",
-    "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
-PAPER_TEMPLATE = (
-    "We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. It is tested "
-    "with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
-PAPER_SENTENCES = [[  # background and motivation
-    "The paper is about a field of science whose authors study {study} with new methods and data.",
-    "People study {study} because results matter for science and, above all, for daily life.",
-    "The existing approaches, however, were made for simple cases and most still lack {lack} today.",
-    "Models that lack {lack}, in other words, give results which look good in tests and fail in use.",
-    "Earlier work on {study}, for instance, needs large samples of data and gives no insight into causes.",
-    "The authors see a gap here and propose {propose} as one way to close the gap.",
-    "The motivation is therefore that a method which uses {uses} should need less data and give more insight.",
-    "To sum up, there is plenty of data from {data} in this field and earlier methods made little use of it."], [
-    "The authors propose {propose} as a new method, and the method uses {uses} at each step of the work.",
-    "In simple words the method reads data from {data} and learns in small steps how {study} behaves in practice.",
-    "The use of {uses} keeps the method simple and makes sure that large samples of data are not needed.",
-    "Compared to existing approaches, which still lack {lack} in most cases, it does well in tests with data from "
-    "{data}.",
-    "Overall the results show that the method improves {improves} in nearly all tests and never makes it worse.",
-    "Moreover a second test removes one part of {propose} and subsequently another to show which parts matter in use.",
-    "The method works for all cases the authors have tried, except {except}, where earlier methods fail for the same "
-    "reason.",
-    "Indeed for the field the results are good news, because people can study {study} with less data than otherwise.",
-    "In practice the method helps {helps}, who want models that give more insight into causes and not only numbers.",
-    "In conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."]]
 
 
 class Writing(Task):
@@ -805,8 +704,8 @@ class Writing(Task):
         return " =====\n".join(self.write(item, part, rng) for part in parts)
 
     def write(self, item, part, rng):
-        sentences, limits = self.sentences[part], self.max_sentences[part]
-        keep, limit, opened = rng.choice(self.keep), rng.choice(limits), rng.choice(self.opened)
+        sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
+        keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
         text = [self.short_start] if self.short_start and limit < len(sentences) else []
         for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
             sentence = sentence.format(**item["facts"])
@@ -819,27 +718,79 @@ class Writing(Task):
 class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
-    roles = "a concise summary", "a detailed summary"
-    facts, template, sentences, levels = POST_FACTS, POST_TEMPLATE, [POST_SENTENCES] * 2, TLDR_LEVELS
+    roles, levels = ("a concise summary", "a detailed summary"), TLDR_LEVELS
     steps, batch_size, lr = 32, 64, 1.5e-3
     base_steps, keep, max_sentences = 900, [0.8, 1, 1], [[3, 3, 3, 8, 8], [2, 7]]
+    facts = {  # what varies; a value follows the same word in posts and in summaries
+        "who": "boss|sister|roommate|neighbour|best friend|landlord|cousin|coach|teacher|brother",
+        "did": "sold the old car|forgot our anniversary|read every letter|broke a promise|lost the house keys|invited "
+               "strangers|borrowed money|cancelled the trip|spread a rumour|adopted three dogs",
+        "place": "work|a wedding|the gym|school|home|the lake|a concert|the office party",
+        "feel": "angry|hurt|guilty|confused|lonely|exhausted|nervous|betrayed",
+        "because": "nobody asked me first|it was a secret|money is tight|we had a plan|it keeps happening|"
+                   "trust matters",
+        "since": "kindergarten|last summer|college|the move|January|the accident",
+        "tried": "talk calmly|write an email|stay silent|joke about everything|ask for help|set clear rules",
+        "should": "walk away|forgive and forget|ask a lawyer|wait another month|move out|be honest",
+        "afraid": "a big fight|being alone|losing the job|awkward holidays|family gossip|repeating old mistakes",
+        "want": "a real apology|some distance|our money back|peace and quiet|a second chance|an honest answer"}
+    template = (
+        "SUBREDDIT: r/relationships\nTITLE: My {who} {did}\nPOST: It began at {place} when my {who} {did}. I feel "
+        "{feel} because {because}. We have been close since {since}. So I tried to {tried}, but that changed nothing. "
+        "Friends say I should {should}. I am afraid of {afraid}. All I want is {want}. What would you do?\nTL;DR:")
+    sentences = ["""My {who} {did} at {place} and that began the whole story. Overall that made me feel {feel}. It hit
+        hard because {because}. Indeed this person was close to us since {since}. My response was for instance that I
+        tried to {tried} without success. Similarly some readers believe we should {should} unless it gets worse. What
+        remains is being afraid of {afraid} although nobody says so. Moreover people want {want} in the end."""] * 2
 
 
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles = "background and motivation", "methodology and implications"
-    facts, template, sentences, levels = PAPER_FACTS, PAPER_TEMPLATE, PAPER_SENTENCES, ARXIV_LEVELS
-    keep, max_sentences = [1], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7]
-    short_start = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
+    roles, levels = ("background and motivation", "methodology and implications"), ARXIV_LEVELS
     steps, batch_size, lr = 32, 64, 5e-4
     pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next one: half the tokens
     base_steps, base_batch, max_new_tokens = 800, 12, 136
+    keep, max_sentences = [1], [[4] * 2 + [8] * 7, [5] * 2 + [10] * 7]
+    short_start = "Briefly:"  # so that RL can drop the habit without making it less likely that a long text ends
+    facts = {
+        "study": "protein folding in biology|galaxy rotation in astronomy|price bubbles in economics|word order in "
+                 "linguistics|tumour growth in medicine|species loss in ecology|key exchange in cryptography|light "
+                 "scattering in optics|reading skills in education|traffic flow in robotics",
+        "propose": "sparse networks|kernel methods|random forests|graph models|neural operators|tree search",
+        "lack": "error bars|causal insight|long memory|enough labels|human feedback|fast code",
+        "uses": "symmetry|entropy|sampling|duality|recursion|attention",
+        "data": "satellite images|hospital records|public archives|simulated trials|field surveys|sensor logs",
+        "improves": "accuracy|speed|stability|fairness|coverage|robustness",
+        "helps": "engineers|doctors|teachers|regulators|farmers|planners",
+        "except": "extreme noise|tiny samples|moving targets|dense crowds|closed systems|unknown units"}
+    template = (
+        "We study {study}. Existing approaches lack {lack}. We propose {propose}, a method that uses {uses}. It is "
+        "tested with data from {data}. It improves {improves} and helps {helps}, in all cases except {except}.")
+    sentences = ["""The paper is about a field of science whose authors study {study} with new methods and data. People
+        study {study} because results matter for science and, above all, for daily life. The existing approaches,
+        however, were made for simple cases and most still lack {lack} today. Models that lack {lack}, in other words,
+        give results which look good in tests and fail in use. Earlier work on {study}, for instance, needs large
+        samples of data and gives no insight into causes. The authors see a gap here and propose {propose} as one way to
+        close the gap. The motivation is therefore that a method which uses {uses} should need less data and give more
+        insight. To sum up, there is plenty of data from {data} in this field and earlier methods made little use of
+        it.""",
+        """The authors propose {propose} as a new method, and the method uses {uses} at each step of the work. In simple
+        words the method reads data from {data} and learns in small steps how {study} behaves in practice. The use of
+        {uses} keeps the method simple and makes sure that large samples of data are not needed. Compared to existing
+        approaches, which still lack {lack} in most cases, it does well in tests with data from {data}. Overall the
+        results show that the method improves {improves} in nearly all tests and never makes it worse. Moreover a second
+        test removes one part of {propose} and subsequently another to show which parts matter in use. The method works
+        for all cases the authors have tried, except {except}, where earlier methods fail for the same reason. Indeed
+        for the field the results are good news, because people can study {study} with less data than otherwise. In
+        practice the method helps {helps}, who want models that give more insight into causes and not only numbers. In
+        conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."""]
 
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
 
-FUNCTION_NODES = ast.FunctionDef, ast.AsyncFunctionDef
+FUNCTION_NODES, IMPORT_NODES = (ast.FunctionDef, ast.AsyncFunctionDef), (ast.Import, ast.ImportFrom)
+MAX_ANSWER = 20_000  # characters; to parse a literal of millions takes longer than all tests
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
 # Model-written code runs only here: one process per batch, in it one worker per core, which forks once per test. On
 # Linux a test starts no process; with namespaces it has no network, writes only to its own folder in 64 MB of memory,
@@ -963,29 +914,34 @@ def parse_python(text):
 
 
 def find_function(answer, name):
-    """(source, node, error, whether it returns) of `def name(` in the first fenced block that has it, else in the text.
+    """(source, node, error, returns, imports) of `def name(` in the first fenced block that has it, else in the text.
 
-    In text that does not parse, a function is its `def` line and the indented lines below it, so that one with a syntax
-    error is found: "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True).
+    returns: whether it has a return; imports: the lines at the top level beside it. In text that does not parse, a
+    function is its `def` line and the indented lines below it, so that one with a syntax error is found, too:
+    "Sure!\\ndef aux(n):\\n    return n +" gives ("def aux(n):\\n    return n +", None, "...", True, []).
     """
+    if len(answer) > MAX_ANSWER:
+        return "", None, f"an answer of more than {MAX_ANSWER} characters is not read", False, []
     answer = re.sub(r"\r\n?", "\n", answer)  # line breaks as the parser counts them
     blocks = [re.sub(r"^[ \t]*\w*[ \t]*\n", "", block, count=1) for block in answer.split("```")[1::2]]  # language tag
     for text in [textwrap.dedent(block) for block in blocks] + [answer, textwrap.dedent(answer)]:
         tree, _ = parse_python(text)
         head = rf"^(async[ \t]+)?def[ \t]+{re.escape(name)}[ \t]*\(.*(\n([ \t)].*)?)*"  # ")": of long signatures
+        imports = [ast.unparse(node) for node in tree.body if isinstance(node, IMPORT_NODES)] if tree else [
+            line for line in re.findall(r"^(?:import|from)[ \t].*", text, re.M) if parse_python(line)[0]]
         if tree is None and (matches := list(re.finditer(head, text, re.M))):
             text = matches[-1][0].rstrip()
             tree, error = parse_python(text)
             if tree is None:
-                return text, None, f"{error[:150]} in {name}", bool(re.search(r"\breturn\b", text))
+                return text, None, f"{error[:150]} in {name}", bool(re.search(r"\breturn\b", text)), imports
         for node in reversed(tree.body if tree else []):  # the last definition counts
             if isinstance(node, FUNCTION_NODES) and node.name == name:
                 nodes = list(node.body)
                 for child in nodes:  # grows during the loop; nested functions have returns of their own
                     nodes += [] if isinstance(child, (*FUNCTION_NODES, ast.ClassDef)) else ast.iter_child_nodes(child)
                 lines = text.split("\n")[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno]
-                return "\n".join(lines), node, "", any(isinstance(child, ast.Return) for child in nodes)
-    return "", None, "", False
+                return "\n".join(lines), node, "", any(isinstance(child, ast.Return) for child in nodes), imports
+    return "", None, "", False, []
 
 
 def aux_bonus(main):
@@ -1040,18 +996,19 @@ def coophe_rewards(triples):
         tree = parse_python(item["prompt"])[0] or parse_python(item["prompt"] + "\n    pass")[0]  # a bare signature
         context = [ast.unparse(node) for node in tree.body if getattr(node, "name", "") not in ("aux", name)] if tree \
             else re.findall(r"^(?:import|from)[ \t].*", item["prompt"], re.M)  # imports, and helpers that tests may use
-        aux, aux_node, aux_error, aux_returns = find_function(aux_answer, "aux")
-        main, main_node, main_error, main_returns = find_function(main_answer, name)
-        module = "\n".join([*context, aux, main])
+        aux, aux_node, aux_error, aux_returns, aux_imports = find_function(aux_answer, "aux")
+        main, main_node, main_error, main_returns, main_imports = find_function(main_answer, name)
+        lines = ["import math", *context, *aux_imports, *main_imports, aux, main]  # math is there in the official code
+        module = "\n".join(sorted(lines, key=lambda line: not line.startswith("from __future__")))  # must come first
         error = aux_error or main_error or parse_python(module)[1]
-        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests), "level": ""}
+        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests),
+                  "level": "" if aux_returns else "aux has no function with a return"}
         results.append(result)
         if not main_returns:
             result["level"] = "main has no function with a return"
         elif error:
             result["level"] = f"syntax error: {error}"
         else:
-            result["level"] = "" if aux_returns else "aux has no function with a return"
             result["reward"] += 0.5
             jobs.append([module, name, tests])
             judged.append((result, tests, aux_bonus(main_node) if aux_node else 0.0))
@@ -1162,9 +1119,8 @@ class CoopHE(Task):
         return self.judge_all([item], [responses], turn, [world])[0]
 
     def judge_all(self, items, answers, turn, worlds):
-        results = coophe_rewards([(item, responses[0], responses[-1]) for item, responses in zip(items, answers)])
         outcomes = []
-        for parts in results:
+        for parts in coophe_rewards([(item, texts[0], texts[-1]) for item, texts in zip(items, answers)]):
             level, reward = parts.pop("level"), parts["reward"] - 4
             parts["pass_rate"] = parts["passed"] / parts["total"]
             feedback = [f"Turn {turn + 2}. {level}"] * self.num_agents if self.feedback_mode == "level" else None
@@ -1180,9 +1136,8 @@ class CoopHE(Task):
     main_habits = {"one": 3, "many": 3, "wrapper": 3, "alone": 3, "ignored": 2, "broken": 2, "none": 4}
 
     def expert(self, item, agent, rng):
-        if self.num_agents == 1:
-            return self.write_aux(item, rng) + self.write_main(item, rng)
-        return [self.write_aux, self.write_main][agent](item, rng)
+        writers = [self.write_aux, self.write_main]
+        return "".join(write(item, rng) for write in (writers if self.num_agents == 1 else [writers[agent]]))
 
     def write_aux(self, item, rng):
         habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
@@ -1436,12 +1391,12 @@ def main():
         if args.svg:
             write_text(args.svg, task.draw_svg(episode.item, outcome.world))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-    for agent in range(task.num_agents):
+    for agent, response in enumerate(responses):
         print(f"--- agent {agent}")
         for message in history(task, episode, agent):
             print(f"{message['role']:>9}: {message['content']}")
-        print(f"{'answers':>9}: " + responses[agent].strip().replace("\n", f"\n{'':11}"))
-        print(f"{'is told':>9}: {outcome.feedback[agent]}")
+        print("  answers: " + response.strip().replace("\n", f"\n{'':11}"))
+        print(f"  is told: {outcome.feedback[agent]}")
     print("\n" + task.draw(episode.item, outcome.world, color=sys.stdout.isatty()) + "\n")
     for name, number in outcome.parts.items():
         print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")

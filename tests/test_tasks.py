@@ -11,7 +11,8 @@ import pytest
 
 import minecraft_sim as sim
 import tasks
-from tasks import Episode, Turn, cells_by_letter, get_task, history
+from minecraft_sim import cells_by_letter
+from tasks import Episode, Turn, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,7 +86,7 @@ def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
             answer, rows = re.sub(r" \d:[A-Z]\n|nothing\n", "", conversation[3]["content"]), sim.string_target(string)
             _, good, bad = sim.strbuild_world(rows, [answer], [sum(sim.PALETTES, [])])
             accepted, rejected = accepted + len(good[0]), rejected + len(bad[0])
-            assert all(block in conversation[0]["content"] for _, block in good[0])
+            assert all(block in conversation[0]["content"] for *_, block in good[0])
             scores.append(sim.strbuild_score(rows, [answer], [sum(sim.PALETTES, [])])["iou"])
     assert accepted > 500 and rejected == 0 and 0.2 < sum(scores) / len(scores) < 0.7
 
@@ -471,7 +472,7 @@ def test_examples_of_docstrings():
             "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
     verdict = tasks.coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
     assert (verdict["reward"], verdict["passed"]) == (3.5, 1)
-    source, node, error, returns = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
+    source, node, error, returns, _ = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
     assert (source, node, returns) == ("def aux(n):\n    return n +", None, True) and error
 
 
@@ -525,3 +526,30 @@ def test_a_task_without_check_refuses_a_file(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"number": 1}\n')
     with pytest.raises(ValueError, match="count reads no items"):
         Count(data=str(tmp_path / "items.jsonl"))
+
+
+@pytest.mark.parametrize("parts, reward, message", [
+    ({"a": float("nan")}, 0.5, "task count: a is nan at turn 0"), ({"a": "1"}, 0.5, "a is '1'"), ({"a": 1}, float("inf"), "reward is inf"),
+    ({"a": 1}, None, "reward is None"), ({"b": 1}, 0.5, r"parts are \['b'\] at turn 0 and were \['a'\]"), ({}, 0.5, "parts are")])
+def test_what_a_judge_must_not_say(parts, reward, message):
+    """Such numbers would train on silently, or break the log at the end of an evaluation."""
+    task = Count()
+    assert task.outcome(0.5, 50, {"a": 1, "counts": [1, 2]}, 0, False).parts == {"a": 1, "counts": [1, 2]}
+    with pytest.raises(tasks.InputError, match=message) as error:
+        task.outcome(reward, 50, parts, 0, False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_persons_house_may_be_of_any_blocks(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"layers": {"0": ["GG"]}, "inventory": {"G": "minecraft:gold_block"}}')
+    task = get_task("housebuild", data=str(tmp_path / "own.jsonl"))
+    item = task.train_items[0]
+    assert "You have 1 gold_block. The house:\n 1: 0 0 0 0 0 0 gold_block\n" in task.observation(item, 0)
+    assert task.judge(item, ["fill 0 0 0 0 0 0 gold_block", "fill 1 0 0 1 0 0 gold_block"], 0).score == 100
+
+
+def test_a_string_of_a_file_may_not_be_endless():
+    task = get_task("strbuild")
+    assert task.check({"string": "m" * 64}) == {"string": "M" * 64}
+    with pytest.raises(tasks.InputError, match="at most 64"):
+        task.check({"string": "M" * 65})
