@@ -46,17 +46,6 @@ def test_a_sloppy_team_is_worth_something_but_not_much(name, num_agents):
     assert task.judge(items[0], answers[0], 0) == outcomes[0]
 
 
-@pytest.mark.parametrize("name", [*OURS, "strbuild"])
-def test_what_a_demonstration_begins_with_is_what_an_agent_is_shown(name):
-    rng, shown = random.Random(3), set()
-    for item in get_task(name).train_items[:40]:
-        shown |= {get_task_once(name, n).observation(item, agent) for n in (1, 2) for agent in range(n)}
-    def form(text):  # its first word, which all observations of a task share
-        return re.split(r"[\W\d]+", text)[:1]
-    assert {form(get_task_once(name, 2).demonstration(rng)[0]["content"])[0] for _ in range(40)} <= {
-        form(text)[0] for text in shown}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_with_other_options_share_a_base(name):
     """Their demonstrations must be the same, because the first of these runs builds the base for all."""
@@ -188,42 +177,6 @@ def test_a_house_may_be_as_large_as_16_cubed_and_stand_anywhere(tmp_path):
     assert list(item["layers"]) == [*range(5, 21)] and item["spider_attacks"] == []
 
 
-def test_a_file_with_a_mark_in_front_and_one_that_is_no_text(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a post"}\r\n{"prompt": "another"}')  # as Windows editors save it
-    assert len(get_task("tldr", data=str(path)).train_items) == 2
-    path.write_bytes(b'{"prompt": "a post"}\n{"prompt": "\xff"}')
-    with pytest.raises(ValueError, match="line 2: .*UTF-8"):
-        get_task("tldr", data=str(path))
-
-
-HUB = {"tldr": ("trl-lib/tldr", {"train": "prompt", "test": "prompt"}),
-       "arxiv": ("OpenMLRL/arXiv_abstract", {"train": "abstract_text", "val": "abstract_text"})}
-
-
-@pytest.mark.parametrize("name", HUB)
-@pytest.mark.parametrize("format", ["parquet", "jsonl"])
-def test_the_real_data_sets_are_read(tmp_path, monkeypatch, capsys, name, format):
-    """A local folder with the data set's name replaces the hub: the datasets package reads it by the same call."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder, splits = HUB[name]
-    for split, column in splits.items():
-        rows = datasets.Dataset.from_dict({column: [f"{split} text {k}" for k in range(1100)] + ["  "], "other": list(range(1101))})
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(f"{folder}/README.md", "w") as card:  # it names the splits; "val" would be guessed as "validation"
-            card.write("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
-                f"  - split: {split}\n    path: {split}.{format}\n" for split in splits) + "---\n")
-        rows.to_parquet(f"{folder}/{split}.parquet") if format == "parquet" else rows.to_json(f"{folder}/{split}.jsonl")
-    task = get_task(name, data="hub")
-    column = list(splits.values())[0]
-    limit = 1000 if name == "tldr" else 1100
-    assert [item[column] for item in task.train_items] == [f"train text {k}" for k in range(limit)]
-    assert len(task.eval_items) == 128 and all(item[column].startswith(list(splits)[1]) for item in task.eval_items)
-    assert ("row 1100 is left out" in capsys.readouterr().out) == (name == "arxiv")
-
-
 def test_coophe_reads_both_of_its_data_sets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
@@ -251,19 +204,6 @@ def test_held_out_rows_are_spread_evenly_and_not_trained_on(tmp_path, monkeypatc
         datasets.Dataset.from_list([{"n": n} for n in numbers]).to_json(f"own/set/{split}.jsonl")  # row that is evaluated
     train, held_out = tasks.read_hub([("own/set", "train", "test")], lambda row: {"n": row["n"]})
     assert train == [{"n": 1}, {"n": 4}, {"n": -1}] and held_out == [{"n": n} for n in range(0, 384, 3)]
-
-
-def test_the_hub_that_cannot_be_reached(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError) as missing:
-        get_task("tldr", data="hub")
-    assert missing.value.name == "datasets"  # so that a script says: pip install datasets
-    monkeypatch.undo()
-    pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"trl-lib/tldr \(train\[:1000\]\) cannot be loaded.*--data") as error:
-        get_task("tldr", data="hub")
-    assert "\n" not in str(error.value)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -223,14 +223,6 @@ def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path)
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
 
 
-def test_pairs_left_by_a_dead_worker_are_judged_again(monkeypatch):
-    code = tasks.SANDBOX.replace('call("unshare", 0x50020000)', "-1").replace(
-        "    os.setsid()\n", "    if 'kills' in module:\n        os.kill(os.getppid(), 9)\n    os.setsid()\n")
-    monkeypatch.setattr(tasks, "SANDBOX", code)
-    results = coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in ("pass", "'kills'", "1", "'kills'", "2")])
-    assert [result["passed"] for result in results] == [4, 0, 4, 0, 4]
-
-
 def test_a_module_that_does_not_load_passes_nothing_and_output_goes_nowhere(capfd):
     assert judge(AUX, f"@undefined\n{MAIN}") == (1.5, 0, "failed: assert candidate(0) == []")
     assert judge(AUX, ONE.format("print('x' * 10 ** 7)"))[1] == 4
