@@ -172,8 +172,7 @@ def test_one_agent_writes_both_texts(name):
     alone, team, texts = get_task(name, num_agents=1), get_task(name), ["word " * 150, "other " * 160]
     one = alone.judge({}, [f"{texts[0]}\n=====\n{texts[1]}"], 0)
     assert one.parts == team.judge({}, [text.strip() for text in texts], 0).parts and one.reward > 0.5
-    assert alone.judge({}, ["no line between them"], 0).reward == 0
-    assert alone.max_new_tokens == 2 * team.max_new_tokens
+    assert alone.judge({}, ["no line between them"], 0).reward == 0 and alone.max_new_tokens == 2 * team.max_new_tokens
 
 
 @pytest.mark.parametrize("name, size, done", [  # where strbuild's episodes end stands in a test of the sparse reward
@@ -187,7 +186,8 @@ def test_where_an_episode_ends(name, size, done):
     answers = {"housebuild": [f"fill 0 0 0 {size - 1} 0 0 planks", f"fill 1 0 1 {size - 1} 0 1 planks"],
                "tldr": [" ".join("bcdfghjk") + " zzzzzzzzzzzzzzzzzzzzzz", " ".join([*"bcdfghjklmnpqrtv", *transitions[:size]])],
                "coophe": ["def aux(n):\n    return n", "def f(n):\n    return aux(n) + 0"]}
-    assert get_task(name).judge(item, answers[name], 0).done is done
+    outcome = get_task(name).judge(item, answers[name], 0)
+    assert outcome.done is done and outcome.parts.get("pass_rate", (size - 1) / size) == (size - 1) / size
 
 
 HOUSE = {"layers": {"5": ["A" * 16] * 16, "6": ["A" * 16] * 16}, "inventory": {"A": "planks"}}
