@@ -2,14 +2,11 @@
 import shutil
 import socket
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 import tasks
-from tasks import coophe_reward, coophe_rewards, coophe_tests, find_function
+from tasks import coophe_reward, coophe_rewards
 
 apart = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run(["unshare", "-Unm", "true"]).returncode != 0,
                            reason="this needs namespaces, which Linux may refuse")
@@ -24,239 +21,169 @@ ONE = "def f(n):\n    {}\n    return [i * i + 1 for i in range(n)]"  # needs no 
 WHOLE = "def aux(n):\n    return [i * i + 1 for i in range(n)]"  # an aux that does main's work
 
 
-def judge(aux, main, item=ITEM):
-    result = coophe_reward(item, aux, main)
-    return pytest.approx(result["reward"], abs=1e-9), result["passed"], result["level"]
+def passed(*firsts):
+    """How many of its 4 tests each answer passes that runs one of these statements first."""
+    return [result["passed"] for result in coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in firsts])]
 
 
-def test_the_worked_example_earns_four():
-    result = coophe_reward(ITEM, AUX, MAIN)
-    assert result == {"reward": pytest.approx(0.4 + 0.6 + 0.5 + 4 / 4 + 0.5 + 1.0, abs=1e-9), "passed": 4, "total": 4,
-                      "level": "passed"}
+def test_the_worked_examples():
+    assert coophe_reward(ITEM, AUX, MAIN) == {"reward": pytest.approx(0.4 + 0.6 + 0.5 + 4 / 4 + 0.5 + 1.0, abs=1e-9),
+                                              "passed": 4, "total": 4, "level": "passed"}
+    item = {"prompt": "def f(n):\n", "entry_point": "f",  # of the docstring
+            "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
+    result = coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
+    assert (result["reward"], result["passed"]) == (pytest.approx(3.5, abs=1e-9), 1)
 
 
-@pytest.mark.parametrize("aux, main, reward, passed, level", [
-    ("I do not know.", "Nor do I.", 0.0, 0, "main has no function with a return"),
-    (AUX, "Nothing.", 0.4, 0, "main has no function with a return"),
-    (AUX, "def f(n):\n    print(aux(n))", 0.4, 0, "main has no function with a return"),
-    (AUX, "def f(n):\n    return aux(n", 1.0, 0, "syntax error: '(' was never closed (line 2) in f"),
-    ("def aux(n):\n    return n *", MAIN, 1.0, 0, "syntax error: invalid syntax (line 2) in aux"),
-    ("def aux(n):\n    n *", MAIN, 0.6, 0, "syntax error: invalid syntax (line 2) in aux"),
+NO_MAIN, NO_AUX, UNUSED = "main has no function with a return", "aux has no function with a return", "main does not use aux"
+RULES = [
+    ("I do not know.", "Nor do I.", 0.0, 0, NO_MAIN), (AUX, "def f(n):\n    print(aux(n))", 0.4, 0, NO_MAIN),
+    (AUX, "def f(n):\n    return aux(n", 1.0, 0, "syntax error"),
+    ("def aux(n):\n    return n *", MAIN, 1.0, 0, "syntax error"),
+    ("def aux(n):\n    n *", MAIN, 0.6, 0, "syntax error"),
     (AUX, "def f(n):\n    return aux(n) + 1", 1.5, 0, "failed: assert candidate(0) == []"),
-    (AUX, "def f(n):\n    return [aux(i) + 1 for i in range(min(n, 2))]", 3.75, 3,
-     "failed: assert candidate(3) == [1, 2, 5]"),
-    (AUX, ONE.format("pass"), 2.5, 4, "main does not use aux"),
-    ("no", ONE.format("pass"), 2.1, 4, "aux has no function with a return"),
-    ("no", MAIN, 1.1 + 0.25, 1, "aux has no function with a return"),  # [] needs no aux; an aux that is missing cannot be used
-    ("def aux(n):\n    print(n)", ONE.format("x = aux(n)"), 2.1 + 1.5, 4, "aux has no function with a return"),
-    (AUX, ONE.format("aux(n)"), 3.5, 4, "passed"),
-    (WHOLE, 'def f(n):\n    """Doc."""\n    return aux(n)', 3.0, 4, "passed"),
+    (AUX, "def f(n):\n    return [aux(i) + 1 for i in range(min(n, 2))]", 3.75, 3, "failed: assert candidate(3) == [1, 2, 5]"),
+    (AUX, f"@undefined\n{MAIN}", 1.5, 0, "failed: assert candidate(0)"),  # a module that does not load passes nothing
+    (AUX, ONE.format("pass"), 2.5, 4, UNUSED), (AUX, ONE.format("if n < 0: n.aux(n)"), 2.5, 4, UNUSED),
+    ("no", ONE.format("pass"), 2.1, 4, NO_AUX), ("no", MAIN, 1.1 + 0.25, 1, NO_AUX),  # [] needs no aux; an aux that is missing cannot be used
+    ("def aux(n):\n    print(n)", ONE.format("x = aux(n)"), 2.1 + 1.5, 4, NO_AUX),
+    (AUX, ONE.format("aux(n)"), 3.5, 4, "passed"),                                  # its value is ignored
+    (WHOLE, 'def f(n):\n    """Doc."""\n    return aux(n)', 3.0, 4, "passed"),      # three thin wrappers
     (WHOLE, "def f(n):\n    x = aux(n)\n    return x", 3.0, 4, "passed"),
     (WHOLE, "def f(n):\n    x: list = aux(n)\n    return x", 3.0, 4, "passed"),
     (WHOLE, "def f(n):\n    y = []\n    x = aux(n)\n    return x", 4.0, 4, "passed"),
     (AUX, "def f(n, y=[]):\n    x = aux(n)\n    return y", 3.25, 1, "failed: assert candidate(2) == [1, 2]"),
-    (AUX, ONE.format("if n < 0: n.aux(n)"), 2.5, 4, "main does not use aux"),
     (WHOLE, "def f(n):\n    return list(aux(n))", 4.0, 4, "passed"),
-    (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed"),
-])
-def test_each_rule(aux, main, reward, passed, level):
-    assert judge(aux, main) == (reward, passed, level)
+    (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed")]
 
 
-def test_one_answer_for_both_and_imports_of_the_prompt():
-    assert judge(*[f"```python\n{AUX}\n\n{MAIN}\n```"] * 2)[0] == 4.0
-    assert judge(AUX, MAIN, ITEM | {"prompt": "def f(n):\n"})[1] == 0  # List is unknown: the module does not load
-    assert judge(AUX, ONE.format("re.I"), ITEM | {"prompt": "import re\ndef f(n):\n"})[1] == 4
-    half = ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}  # with it the module does not parse
-    assert judge(AUX, MAIN, half)[:2] == (1.0, 0) and judge(AUX, MAIN, half)[2].startswith("syntax error: ")
+def test_each_rule():
+    results = coophe_rewards([(ITEM, aux, main) for aux, main, *_ in RULES])
+    for (aux, main, reward, passed, level), result in zip(RULES, results):
+        assert (result["reward"], result["passed"]) == (pytest.approx(reward, abs=1e-9), passed), (aux, main)
+        assert result["level"].startswith(level) and result["total"] == 4
+    assert coophe_rewards([]) == []
 
 
-@pytest.mark.parametrize("text, source", [
-    ("Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```",
-     "def aux(n):\n    return 1"),
-    ("def aux(n): return 0\n```\ndef aux(n): return 1\n```", "def aux(n): return 1"),
-    ("```\nx = 1\n```\ndef aux(n): return 0\n```\ndef aux(n): return 1\n```", "def aux(n): return 1"),
-    ("1. So:\n   ```python\n   def aux(n):\n       return 1\n   ```", "def aux(n):\n    return 1"),
-    ("```python\ndef aux(n):\n    return 1", "def aux(n):\n    return 1"),
-    ("```python\nx = 1\n```\ndef aux(n):\n    return 1\n\nThis is it.", "def aux(n):\n    return 1"),
-    ("def aux(\n    n,\n) -> int:\n\n    return 1\nThat's it.", "def aux(\n    n,\n) -> int:\n\n    return 1"),
-    ("@cache\ndef aux(n):\n    return 1\n\ndef f(n):\n    return aux(n)", "@cache\ndef aux(n):\n    return 1"),
-    ('def aux(n):\n    """\nLeft.\n"""\n    return 1\nx = 1', 'def aux(n):\n    """\nLeft.\n"""\n    return 1'),
-    ("def aux(n):\r\n    return 1\r\nDone!", "def aux(n):\n    return 1"),
-    ("class A:\n    def aux(self):\n        return 1", ""), ("def auxiliary(n):\n    return 1", "")])
-def test_functions_are_found_in_anything(text, source):
-    assert find_function(text, "aux")[0] == source
+def test_functions_are_found_in_anything():
+    """The value of each aux; None: there is none."""
+    answers = {
+        "Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```": 1,  # the first block
+        "def aux(n): return 0\n```\ndef aux(n): return 1\n```": 1, "```\nx = 1\n```\ndef aux(n): return 0\n```\ndef aux(n): return 1\n```": 1,
+        "1. So:\n   ```python\n   def aux(n):\n       return 1\n   ```": 1, "```python\ndef aux(n):\n    return 1": 1,
+        "```python\nx = 1\n```\ndef aux(n):\n    return 1\n\nThis is it.": 1, "def aux(n):\r\n    return 1\r\nDone!": 1,
+        "def aux(\n    n,\n) -> int:\n\n    return 1\nThat's it.": 1, "@len\n@str\ndef aux(n):\n    return 1\nx = 1": None,
+        '@staticmethod\ndef aux(n):\n    """\nLeft.\n"""\n    return 1\nx = 1': 1, "    def aux(n):\n        return 1": 1,
+        "class A:\n    def aux(self):\n        return 1": None, "def auxiliary(n):\n    return 1": None,
+        "def aux(n):\n    return 1\n\ndef aux(n):\n    return 2": 2,  # the last definition, as in Python; also in prose
+        "Two tries.\ndef aux(n):\n    return 1\n\ndef aux(n):\n    return 2": 2}
+    tests = "def check(candidate):\n    assert candidate() == 1\n    assert candidate() == 2\n"
+    item = {"prompt": "", "entry_point": "f", "test": tests}
+    for (answer, value), result in zip(answers.items(), coophe_rewards([(item, a, "def f():\n    return aux(0)") for a in answers])):
+        assert (result["passed"] and 1 + ("candidate() == 1" in result["level"]) or None) == value, answer  # the level names the failure
 
 
-@pytest.mark.parametrize("body, returns", [
-    ("def g():\n        return 1\n    print(g)", False), ("return", True), ("yield 1", False),
-    ("for i in n:\n        if i:\n            return i", True), ("'return'", False), ("return (", True),
-    ("def g():\n        return 1\n    return g", True), ("x = (", False), ("returned = (", False)])
-def test_a_return_of_its_own(body, returns):
-    assert find_function(f"def aux(n):\n    {body}", "aux")[3] is returns
+def test_a_return_of_its_own():
+    """Not one of an inner function, nor the word in a string; also where the function does not parse."""
+    own = ["return", "for i in n:\n        if i:\n            return i", "def g():\n        return 1\n    return g", "return ("]
+    other = ["def g():\n        return 1\n    print(g)", "yield 1", "'return'", "x = (", "returned = ("]
+    for body in own + other:
+        assert coophe_reward(ITEM, f"def aux(n):\n    {body}", "")["reward"] == 0.4 * (body in own), body
 
 
-def test_tests_are_one_line_asserts_or_the_whole_check():
-    assert coophe_tests(ITEM["test"]) == ["assert candidate(0) == []", "assert candidate(2) == [1, 2]",
-                                          "assert candidate(3) == [1, 2, 5]", "assert candidate(1) == [1]"]
-    assert coophe_tests('def check(candidate):\n    """Doc."""\n    # why\n    assert candidate(1)  # so\n    pass\n') \
-        == ["assert candidate(1)  # so"]
-    for body in ["for i in range(3):\n        assert len(candidate(i)) == i",
-                 "x = 2\n    assert candidate(x) == [1, 2]", "assert candidate(2) == [1,\n        2]",
-                 "import math\n    assert candidate(int(math.sqrt(4))) == [1, 2]"]:
-        item = ITEM | {"test": f"def check(candidate):\n    {body}\n    assert candidate(1) == [1]\n"}
-        assert len(coophe_tests(item["test"])) == 1
-        assert judge(AUX, MAIN, item) == (4.0, 1, "passed")
-        reward, passed, level = judge(AUX, "def f(n):\n    return aux(n)", item)
-        assert (reward, passed) == (1.5, 0) and level.startswith("failed: def check(candidate): ") and len(level) <= 200
-    beside = "import math\nTWO = 2\ndef check(candidate):\n    assert candidate(TWO * math.ceil(.5)) == [1, 2]"
-    assert judge(AUX, MAIN, ITEM | {"test": beside}) == (4.0, 1, "passed")  # defined beside check, so it is there when check runs
+@pytest.mark.parametrize("body, total", [
+    ("assert candidate(1)  # so\n    pass", 1), ("assert candidate(1) == [1]\n    assert True", 1),
+    ("for i in range(3):\n        assert len(candidate(i)) == i", 1), ("x = 2\n    assert candidate(x) == [1, 2]", 1),
+    ("assert candidate(2) == [1,\n        2]\n    assert candidate(1) == [1]", 1),
+    ("import math\n    assert candidate(int(math.sqrt(4))) == [1, 2]\n    assert candidate(1)", 1),
+    ('"""Doc."""\n    # why\n    assert candidate(2) == [1, 2]\n    assert candidate(1) == [1]', 2)])
+def test_tests_are_one_line_asserts_or_the_whole_check(body, total):
+    item = ITEM | {"test": f"def check(candidate):\n    {body}\n\ncheck(f)\n".replace("\n", "\r" if total == 2 else "\n")}
+    assert coophe_reward(item, AUX, MAIN) == {"reward": 4.0, "passed": total, "total": total, "level": "passed"}
+    wrong = coophe_reward(item, AUX, "def f(n):\n    return []")
+    assert wrong["passed"] == 0 and wrong["level"].startswith("failed: ") and len(wrong["level"]) <= 200
 
 
-def test_helpers_of_the_prompt_a_call_of_check_and_any_line_breaks():
-    item = ITEM | {"prompt": "def twice(n):\n    return 2 * n\n\ndef f(n):\n    \"\"\"Do.\"\"\"\n",
-                   "test": "def check(candidate):\r    assert candidate(0) == [twice(0)]\r\rcheck(f)\r"}
-    assert judge("def aux(n):\n    return [n]", "def f(n):\n    x = aux(n)\n    return x + []", item) == (4.0, 1, "passed")
-    for before in ("", "Two tries.\n"):  # the last definition counts, in Python and in prose
-        assert judge(AUX, f"{before}def f(n):\n    return 1\n\n{MAIN}") == (4.0, 4, "passed")
-    assert judge(f"```{AUX}\n```", "".join(f"    {line}\n" for line in MAIN.split("\n"))) == (4.0, 4, "passed")
-    assert coophe_tests("def check(candidate): assert candidate(1) == [1]") == [
-        "assert candidate(1) == [1]"]
+def test_what_a_test_or_an_answer_may_use():
+    """Imports and helpers of the prompt, also beside a bare signature, and names beside check; but no aux of the prompt."""
+    cases, main = [], "def f(n):\n    return aux(n) + 1"
+    for prompt, before in [("TWO = 2\ndef f(n):", ""), ("def f(n):\n    pass\nTWO = 2", ""), ("", "import math\nTWO = math.ceil(1.5)\n")]:
+        item = {"prompt": prompt, "entry_point": "f", "test": before + "def check(candidate):\n    assert candidate(1) == TWO\n"}
+        cases += [(item, AUX, main, 4.0), (item | {"prompt": f"{AUX}\n{prompt}"}, "no", main, 1.1)]
+    cases += [(ITEM | {"prompt": "def f(n):\n"}, AUX, MAIN, 1.5 + 0),  # List is unknown: the module does not load
+              (ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}, AUX, MAIN, 1.0),  # does not parse
+              (ITEM | {"prompt": "import math\ndef f(n):\n"}, AUX, ONE.format("math.pi"), 2.5),
+              (ITEM, *[f"```python\n{AUX}\n\n{MAIN}\n```"] * 2, 4.0)]  # one answer for both
+    for case, result in zip(cases, coophe_rewards([case[:3] for case in cases])):
+        assert result["reward"] == pytest.approx(case[3], abs=1e-9), case
 
 
-@pytest.mark.parametrize("prompt", ["TWO = 2\ndef f(n):", "def f(n):\n    pass\nTWO = 2"])
-def test_what_a_prompt_holds_beside_the_function_is_there(prompt):
-    """Also where the signature has no body or does not come last; but an aux in the prompt does not count."""
-    item = {"prompt": prompt, "entry_point": "f", "test": "def check(candidate):\n    assert candidate(1) == TWO\n"}
-    assert judge(AUX, "def f(n):\n    return aux(n) + 1", item) == (4.0, 1, "passed")
-    item["prompt"] = AUX + "\n" + prompt
-    assert judge("no", "def f(n):\n    return aux(n) + 1", item)[:2] == (1.1, 0)
-
-
-@pytest.mark.parametrize("test", ["x = 1", "def check(candidate):\n    assert True", "def check(candidate):\n    pass",
-                                  "def check(candidate:", "def check(candidate):\n    for i in []:\n        pass"])
-def test_a_problem_without_tests_is_refused(test):
-    with pytest.raises(ValueError, match="asserts that name candidate"):
-        coophe_reward(ITEM | {"test": test}, AUX, MAIN)
-
-
-@pytest.mark.parametrize("first", [
+CRASHES = [
     "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
     "raise MemoryError", "x = bytes(3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
     "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
-    "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
-    "import os; os.closerange(0, 999)", "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)"])
-def test_what_crashes_fails_and_its_neighbours_do_not(first):
-    """The first answer does it in every test, the second in the test with n = 2 only, the third is fine."""
-    results = coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, ONE.format(f"if n == 2: {first}")),
-                              (ITEM, AUX, MAIN)])
-    alone = 0 if "getppid" in first else 3  # without namespaces, killing the worker fails every test of the pair
-    assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
+    "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.closerange(0, 999)",
+    "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
+    "import os; [(os.mkdir('d'), os.chdir('d')) for _ in range(2000)]; os._exit(0)"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
-@pytest.mark.parametrize("trick", [
-    "__import__('builtins').__dict__.update(exec=lambda *a: None)", "__import__('os').__dict__.update(write=lambda *a: 16)",
-    "__import__('builtins').__dict__.update(AssertionError=None, compile=lambda *a: 'pass')"])
-def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
-    wrong = "def f(n):\n    return 'no' + str(aux)"
-    assert coophe_reward(ITEM, f"def aux(n, _={trick}):\n    return n", wrong)["passed"] == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
-@pytest.mark.parametrize("first", [
-    "import os; os.fork()", "import subprocess; subprocess.run(['true'])", "import os; os.memfd_create('x')",
-    "import os; os.mkdir('deep')", "import os; os.mkdir('deep', dir_fd=os.open('.', 0))",
-    "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]"])
-def test_no_process_and_no_disk_full_of_files(first):
-    """Each of these raises an error, although the usual limits count neither root's processes nor many small files."""
-    assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
+def test_what_crashes_fails_and_its_neighbours_do_not():
+    """The first answers crash in every test, the next ones in the test with n = 2 only, the last one is fine."""
+    *results, fine = passed(*CRASHES, *[f"if n == 2: {first}" for first in CRASHES], "pass")
+    assert fine == 4 and results[:len(CRASHES)] == [0] * len(CRASHES)
+    once = dict(zip(CRASHES, results[len(CRASHES):]))
+    assert all(count == 3 or "getppid" in first for first, count in once.items())  # without namespaces that kills the whole pair
 
 
 @apart
-def test_no_network():
+def test_no_network_no_files_elsewhere_no_crowd_of_processes_or_files(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        call = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
-        assert judge(AUX, ONE.format(call))[1] == 0
+        assert passed(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)",
+                      f"open({str(tmp_path / 'x')!r}, 'w')",
+                      "import os, time; [os.fork() or time.sleep(1) for _ in range(300)]",
+                      "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]", "pass") == [0, 0, 0, 0, 4]
+    assert not any(tmp_path.iterdir())
 
 
-@apart
-def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
-    assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
-    # five: standard input, output and error, the pipe for the pass, and the folder being listed
-    assert judge(AUX, ONE.format("import os; assert len(os.listdir('/proc/self/fd')) == 5"))[1] == 4
+def test_a_pass_cannot_be_faked():
+    """Not by replacing what the sandbox calls, nor by writing verdicts into the files that other processes have open."""
+    tricks = ["builtins').__dict__.update(exec=lambda *a: None)", "os').__dict__.update(write=lambda *a: 16)",
+              "builtins').__dict__.update(AssertionError=None, compile=lambda *a: 'pass')"]
+    triples = [(ITEM, f"def aux(n, _=__import__('{trick}):\n    return n", "def f(n):\n    return 'no' + str(aux)") for trick in tricks]
+    assert [(result["passed"], result["level"][:6]) for result in coophe_rewards(triples)] == [(0, "failed")] * 3
+    forge = ("import contextlib, glob\n    for name in glob.glob('/proc/[0-9]*/fd/*'):\n        with contextlib.suppress(OSError):\n"
+             "            open(name, 'ab').write(b'0 1111\\n1 1111\\n')\n    1 / 0")
+    assert passed(forge, forge) == [0, 0]
 
 
-def test_an_answer_runs_isolated_and_sees_no_environment(monkeypatch):
+def test_an_answer_runs_alone(monkeypatch, capfd):
+    """Without the trainer's environment, in an empty folder, with output that goes nowhere, anew for every test."""
     monkeypatch.setenv("A_SECRET", "1")
-    alone = "import os, sys; assert 'A_SECRET' not in os.environ and sys.flags.isolated and sys.flags.no_site"
-    assert judge(AUX, ONE.format(alone))[1] == 4
-
-
-def test_all_tests_of_a_pair_share_a_time_limit(monkeypatch):
-    monkeypatch.setattr(tasks, "TIME_LIMITS", (9.0, 1.5))
-    assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: tests passed in time count
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_verdicts_cannot_be_written_through_proc():
-    forge = (
-        "import os, time\n"
-        "    for name in [f'/proc/{p}/fd' for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]:\n"
-        "        try:\n"
-        "            for fd in os.listdir(name):\n"
-        "                open(f'{name}/{fd}', 'ab').write(b'0 1111\\n1 1111\\n')\n"
-        "        except OSError:\n"
-        "            pass\n"
-        "    1 / 0")
-    assert [result["passed"] for result in coophe_rewards([(ITEM, AUX, ONE.format(forge))] * 2)] == [0, 0]
-
-
-def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "SANDBOX", f"{tasks.SANDBOX}# {tmp_path}")  # to tell its processes from others
-    stays = "import os, time\n    if n == 2 and os.fork():\n        os.wait()\n    elif n == 2:\n" \
-            "        os.setsid(), os.fork() or time.sleep(1000), os._exit(0)"
-    results = coophe_rewards([(ITEM, AUX, ONE.format("while n == 2: pass")), (ITEM, AUX, ONE.format(stays)),
-                              (ITEM, AUX, MAIN)])
-    assert [result["passed"] for result in results[::2]] == [3, 4]
-    assert results[0]["level"] == "failed: assert candidate(2) == [1, 2]"
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
-
-
-def test_pairs_left_by_a_dead_worker_are_judged_again(monkeypatch):
-    code = tasks.SANDBOX.replace('call("unshare", 0x50020000)', "-1").replace(
-        "    os.setsid()\n", "    if 'kills' in module:\n        os.kill(os.getppid(), 9)\n    os.setsid()\n")
-    monkeypatch.setattr(tasks, "SANDBOX", code)
-    results = coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in ("pass", "'kills'", "1", "'kills'", "2")])
-    assert [result["passed"] for result in results] == [4, 0, 4, 0, 4]
-
-
-def test_a_module_that_does_not_load_passes_nothing_and_output_goes_nowhere(capfd):
-    assert judge(AUX, f"@undefined\n{MAIN}") == (1.5, 0, "failed: assert candidate(0) == []")
-    assert judge(AUX, ONE.format("print('x' * 10 ** 7)"))[1] == 4
-    assert judge(AUX, ONE.format("f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1"))[1] == 4  # loaded anew for each test
-    assert judge(AUX, ONE.format("import os; assert not os.listdir('.'); open('x', 'w').close()"))[1] == 4
+    assert passed("import os, sys; assert 'A_SECRET' not in os.environ and sys.flags.isolated", "print('x' * 10 ** 7)",
+                  "import os; assert not os.listdir('.'); open('x', 'w').close()",
+                  "f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1") == [4, 4, 4, 4]
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("junk", [
-    "\0", "\0" * 100_000, "x" * 100_000, "(" * 90_000, "[" * 50_000 + "]" * 50_000, "-" * 90_000 + "1",
-    "1+" * 50_000 + "1", "lambda:" * 14_000 + "1", "not " * 25_000 + "1", "9" * 10_000, "f'{" * 30_000,
-    "a" + ".b" * 50_000, '"\\d\ud800"', "a" + "()" * 50_000, "```" * 33_000, "@a\n" * 33_000, "\n" * 100_000,
-    "\n".join(" " * i + "if 1:" for i in range(4, 440))])
-def test_no_answer_stops_the_trainer(junk):
-    for aux, main in ((junk, junk), (f"def aux(n):\n    return {junk}", f"def f(n):\n    return aux(n) and {junk}"),
-                      (AUX, f"{junk}\n```\n{MAIN}\n```"), (AUX, f"{MAIN}\n{junk}")):
-        result = coophe_reward(ITEM, aux, main)
+def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch):
+    named = "import ctypes, os, time; ctypes.CDLL(None).prctl(15, b'left behind')"  # the name of this process
+    stays = f"{named}\n    if n == 2 and os.fork():\n        os.wait()\n    elif n == 2:\n" \
+            "        os.setsid(), os.fork() or time.sleep(1000), os._exit(0)"
+    assert passed("while n == 2: pass", stays, "pass")[::2] == [3, 4]
+    assert not subprocess.run("cat /proc/[0-9]*/comm | grep 'left behind'", shell=True, capture_output=True).stdout
+    monkeypatch.setattr(tasks, "TIME_LIMITS", (9.0, 1.5))  # for a test, and for all tests of a pair
+    assert passed("import time; time.sleep(2 * n)") == [1]  # n is 0, 2, 3, 1: tests passed in time count
+
+
+def test_no_answer_stops_the_trainer():
+    junk = ["\0", "\0" * 100_000, "x" * 100_000, "(" * 90_000, "[" * 50_000 + "]" * 50_000, "-" * 90_000 + "1",
+            "1+" * 20_000 + "1", "lambda:" * 14_000 + "1", "not " * 25_000 + "1", "9" * 10_000, "f'{" * 30_000,
+            "a" + ".b" * 20_000, '"\\d\ud800"', "a" + "()" * 10_000, "```" * 5_000, "@a\n" * 8_000, "\n" * 100_000,
+            "\n".join(" " * i + "if 1:" for i in range(4, 440))]
+    triples = [(ITEM, text, f"{text}\n```\n{MAIN}\n```") for text in junk]
+    triples += [(ITEM, f"def aux(n):\n    return {text}", f"def f(n):\n    return aux(n) and {text}") for text in junk]
+    for result in coophe_rewards(triples):
         assert 0 <= result["reward"] <= 4 and result["total"] == 4 and len(result["level"]) < 300
-
-
-def test_a_batch_equals_each_alone():
-    pairs = [(AUX, MAIN), ("", MAIN), (AUX, ""), (WHOLE, "def f(n):\n    return aux(n)"), (AUX, ONE.format("aux(")),
-             (AUX, ONE.format("1 / n")), (AUX, ONE.format("import os; n == 3 and os._exit(0)"))]
-    triples = [(ITEM, *pair) for pair in pairs] * 2
-    assert coophe_rewards(triples) == [coophe_reward(*triple) for triple in triples]
-    assert coophe_rewards([]) == []
 
 
 @pytest.mark.parametrize("before", ["import re\n", "from __future__ import annotations\nimport re\n", "Sure!\nfrom old import\nimport re\n",
@@ -269,8 +196,7 @@ def test_imports_beside_a_function_are_kept_and_math_is_there(before):
 
 
 def test_an_answer_may_not_be_endless():
-    start, long = time.perf_counter(), "x = [" + "1, " * 700_000 + "]\n"
+    long = "x = [" + "1, " * 700_000 + "]\n"
     assert judge(AUX, long + MAIN) == (0.4, 0, "main has no function with a return")
     reward, _, level = judge(long + AUX, MAIN)
     assert reward == 0.6 and level == "syntax error: an answer of more than 20000 characters is not read"
-    assert time.perf_counter() - start < 2
