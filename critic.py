@@ -76,7 +76,7 @@ class Critic(nn.Module):
         super().__init__()
         self.lm, self.name = [lm], name  # lm in a list, so that it is not a submodule
         self.max_tokens = min(max_tokens, lm.context)
-        self.head = nn.Linear(lm.hidden_size, num_turns, device=lm.device)
+        self.head = nn.Linear(lm.causal_lm.get_input_embeddings().embedding_dim, num_turns, device=lm.device)
         self.weights = [*lm.add_adapter(name), *self.head.parameters()]
         nn.init.zeros_(self.head.weight)  # V starts at the mean return
         nn.init.zeros_(self.head.bias)
@@ -108,7 +108,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, episodes, c, size):
-        """As critic c, append V(h_t) to turn.values of every turn; each rank computes its shard, `size` rows at a time."""
+        """As critic c, append V(h_t) to turn.values of all turns; each rank computes its shard, `size` rows at a time."""
         rows = [(turn.critic_inputs[c], t, turn) for e in episodes for t, turn in enumerate(e.turns)]
         rows.sort(key=lambda row: row[:2])  # common prefixes are neighbours
         own, values = shard(rows), []

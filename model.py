@@ -229,10 +229,9 @@ def load_models(names, task, max_new_tokens, *options):
 
 
 def memory_gb(device):
-    """Peak memory of this process so far in GiB: allocated GPU memory if device is a GPU, else resident memory."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    """Peak memory of this process so far in GiB: allocated memory of a GPU, else resident memory."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident) / 2 ** 30
 
 
 # --- several GPUs or machines -----------------------------------------------------------------------------------------
@@ -275,10 +274,7 @@ def shard(items):
 
 
 def optimizer_step(optimizer, parameters):
-    """Sum the gradients of all ranks, clip their global norm at 1 and step; returns the norm before clipping.
-
-    A gradient of 0 changes nothing, as it teaches nothing: Adam's momentum would. NaN raises FloatingPointError before.
-    """
+    """Sum the gradients of all ranks, clip their global norm at 1 and step; returns the norm before clipping."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if dist.is_initialized():
@@ -286,7 +282,7 @@ def optimizer_step(optimizer, parameters):
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not norm < math.inf:
         raise FloatingPointError("a gradient is NaN or infinite; lower learning rates may help.")
-    if norm > 0:
+    if norm > 0:  # 0 teaches nothing, but Adam's momentum would still move the weights
         optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -328,13 +324,11 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 class LanguageModel:
-    """A frozen causal LM and its tokenizer, with any number of LoRA adapters (PEFT); one at a time is in use.
-
-    compiled: generate uses a StaticCache and a compiled decoding step, meant for GPUs, where it has not been timed yet.
-    """
+    """A frozen causal LM and its tokenizer, with any number of LoRA adapters (PEFT); one at a time is in use."""
 
     def __init__(self, folder, device="cpu", rank=16, gradient_checkpointing=False, compiled=False):
         self.folder, self.device, self.rank = folder, device, rank
+        self.compiled_step, self.truncated = None, 0  # truncated: inputs that were, on the left
         try:
             self.tokenizer, end, self.has_system_role = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -347,11 +341,9 @@ class LanguageModel:
         self.ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}  # tokens that end an answer
         if not self.ends:
             raise InputError(f"{folder} has no token that could end an answer.")
-        self.hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         rope = getattr(config, "rope_parameters", None) or {}  # longrope: cached keys are wrong beyond the original
         self.context = (rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
                         ) or getattr(config, "max_position_embeddings", None) or 10 ** 9
-        self.truncated = 0  # inputs that were truncated on the left
         self.is_small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7
         probe = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
         self.fingerprint = zlib.crc32(probe.bfloat16().cpu().view(torch.int16).numpy().tobytes())
@@ -359,18 +351,16 @@ class LanguageModel:
         self.special_texts = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "$^")
         new_name = "cache" in inspect.signature(self.causal_lm.forward).parameters  # since transformers 5.24
         self.cache_argument = "cache" if new_name else "past_key_values"
-        self.compiled_step = torch.compile(self.causal_lm, mode="reduce-overhead") if compiled else None
         if gradient_checkpointing:
             for module in self.causal_lm.modules():  # transformers' own works only in training mode, with dropout
                 if isinstance(module, GradientCheckpointingLayer):
                     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         self.check()
+        if compiled:  # decode with a static cache and CUDA graphs; it has not been timed on a GPU yet
+            self.compiled_step = torch.compile(self.causal_lm, mode="reduce-overhead")
 
     def add_adapter(self, name, folder=None):
-        """Add a new LoRA adapter, or one that is saved in a folder, under this name; returns its parameters (fp32).
-
-        Raises InputError if what is saved there was trained on another base, or is no complete adapter of this model.
-        """
+        """Add a new LoRA adapter, or one that is saved in a folder, under this name; returns its parameters (fp32)."""
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         try:
             config = LoraConfig.from_pretrained(folder) if folder else config
@@ -437,7 +427,7 @@ class LanguageModel:
         return ids[-max(1, min(len(ids), max_tokens)):]
 
     def merge(self, name):
-        """Use this adapter, added to copies of small weights (samples 1.3 times faster); returns {layer: its weight}."""
+        """Use this adapter, added to a copy of small weights (samples 1.3 times faster); returns {layer: its weight}."""
         self.peft.set_adapter(name)
         layers = [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)] * self.is_small
         weights = {layer: layer.get_base_layer().weight.data for layer in layers}
