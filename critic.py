@@ -108,7 +108,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, episodes, c, size):
-        """As critic c, append V(h_t) to turn.values of all turns; each rank computes its shard, `size` rows at a time."""
+        """As critic c, append V(h_t) to turn.values of all turns; each rank its shard, `size` rows at a time."""
         rows = [(turn.critic_inputs[c], t, turn) for e in episodes for t, turn in enumerate(e.turns)]
         rows.sort(key=lambda row: row[:2])  # common prefixes are neighbours
         own, values = shard(rows), []

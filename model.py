@@ -427,7 +427,7 @@ class LanguageModel:
         return ids[-max(1, min(len(ids), max_tokens)):]
 
     def merge(self, name):
-        """Use this adapter, added to a copy of small weights (samples 1.3 times faster); returns {layer: its weight}."""
+        """Use this adapter, added to a copy of small weights (1.3 times faster); returns {layer: its weight}."""
         self.peft.set_adapter(name)
         layers = [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)] * self.is_small
         weights = {layer: layer.get_base_layer().weight.data for layer in layers}
