@@ -327,7 +327,7 @@ def packed_attention(module, query, key, value, attention_mask, packed=None, sli
     for own, path in packed:
         offset, mask = len(path) - own, None  # without a mask, SDPA is causal
         if offset or sliding_window and sliding_window < len(path):
-            mask = path.new_ones(own, len(path), dtype=torch.bool).tril(offset)  # 1 = visible
+            mask = path.new_ones(1, 1, own, len(path), dtype=torch.bool).tril(offset)  # 1 = visible
             mask = mask.triu(offset + 1 - sliding_window) if sliding_window else mask
         q, k, v = query[:, :, path[offset:]], key[:, :, path], value[:, :, path]
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
