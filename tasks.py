@@ -1392,7 +1392,7 @@ class Run:
                 saved = torch.load(self.state_path, map_location=device, weights_only=True)  # runs no code of the file's
             except Exception as error:  # a truncated file can raise anything
                 raise InputError(f"{self.state_path} cannot be read: {first_line(error)}") from None
-            if missing := {*keys, "lines", "samples"} - saved.keys():
+            if missing := {*keys, "lines", "samples"} - {*saved}:
                 raise InputError(f"{self.state_path} cannot be used: it has no {min(missing)!r}.")
             print(f"{self.args.out_dir} was saved at step {saved['progress']['step']}")
             self.lines, self.samples = saved["lines"], saved["samples"]
