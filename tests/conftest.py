@@ -70,18 +70,23 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def inside(workplace, monkeypatch):
-    """inside(script, ...) runs a script in this process and returns its global variables at the end."""
-    def inside(script, *arguments):
+    """inside(script, ...) runs a script in this process, to exit code `code`; returns its global variables at the end."""
+    def inside(script, *arguments, code=0):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         workplace.count += 1
-        arguments = [*arguments, "--out_dir", workplace.folder / f"inside-{workplace.count}"]
+        if "--out_dir" not in arguments:
+            arguments = [*arguments, "--out_dir", f"inside-{workplace.count}"]
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        run, end = {}, 0
         try:
             run = runpy.run_path(str(ROOT / script), run_name="__main__")
+            run["args"].out_dir = workplace.folder / run["args"].out_dir
+        except SystemExit as error:
+            end = error.code or 0
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        run["args"].out_dir = Path(run["args"].out_dir)
+        assert end == code
         return run
     return inside
