@@ -68,14 +68,21 @@ def workplace(tmp_path_factory):
     return Workplace(tmp_path_factory.mktemp("workplace"))
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Scripts that run in this process set signal handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def inside(workplace, monkeypatch):
-    """inside(script, ...) runs a script in this process, to exit code `code`; returns its global variables at the end."""
+    """inside(script, ...) runs a script in this process, to exit code `code`; returns its global variables."""
     def inside(script, *arguments, code=0):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         workplace.count += 1
-        if "--out_dir" not in arguments:
-            arguments = [*arguments, "--out_dir", f"inside-{workplace.count}"]
+        arguments = ["--out_dir", f"inside-{workplace.count}", *arguments]  # the last --out_dir counts
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         run, end = {}, 0
@@ -84,9 +91,6 @@ def inside(workplace, monkeypatch):
             run["args"].out_dir = workplace.folder / run["args"].out_dir
         except SystemExit as error:
             end = error.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         assert end == code
         return run
     return inside
