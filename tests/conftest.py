@@ -68,20 +68,29 @@ def workplace(tmp_path_factory):
     return Workplace(tmp_path_factory.mktemp("workplace"))
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Scripts that run in this process set signal handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def inside(workplace, monkeypatch):
-    """inside(script, ...) runs a script in this process and returns its global variables at the end."""
-    def inside(script, *arguments):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """inside(script, ...) runs a script in this process, to exit code `code`; returns its global variables."""
+    def inside(script, *arguments, code=0):
         workplace.count += 1
-        arguments = [*arguments, "--out_dir", workplace.folder / f"inside-{workplace.count}"]
+        arguments = ["--out_dir", f"inside-{workplace.count}", *arguments]  # the last --out_dir counts
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        run, end = {}, 0
         try:
             run = runpy.run_path(str(ROOT / script), run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        run["args"].out_dir = Path(run["args"].out_dir)
+            run["args"].out_dir = workplace.folder / run["args"].out_dir
+        except SystemExit as error:
+            end = error.code or 0
+        assert end == code
         return run
     return inside

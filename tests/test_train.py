@@ -1,67 +1,76 @@
-"""Training runs of a few seconds: seeds, interruptions, kills, micro-batches and invalid input."""
-import difflib
+"""Training runs of a few seconds: what they compute, by hand; seeds, interruptions, kills, ranks and invalid input."""
+import io
 import json
 import os
-import random
 import re
-import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from importlib.util import find_spec
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from test_model import FAMILIES, flat, make_folder, plain_logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from critic import baselines, td_targets
-from model import LanguageModel, model_folders
-from tasks import (Episode, Turn, check_ranges, check_run_folder, dialogue, exit_on_error, get_task, history, log_text,
-                   open_run_folder, truncate_logs)
+import model
+from model import LanguageModel
+from tasks import Episode, InputError, Run, StrBuild, Turn, dialogue, get_task, history, log_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
-SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4, "--seed", 2]
-FILES = {"config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", "critic"}
+SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4, "--seed", 3,
+         "--group_size", 2, "--data", "words.jsonl"]
+KEYS = {"eval": "step joint_actions eval/score eval/reward eval/return eval/turns eval/coverage", "train": """
+    step episodes joint_actions tokens wall_s train/return train/reward train/score train/turns train/response_tokens
+    train/truncated loss/policy value/explained_variance value/explained_variance_by_turn policy/entropy policy/grad_norm
+    time/rollout_s time/update_s memory_gb inputs/truncated"""}
 
 
 @pytest.fixture(scope="session")
-def data(workplace):
-    path = workplace.folder / "words.jsonl"
-    lines = [{"string": word} for word in ["I", "L", "T", "MC", "1"]] + [{"string": "IC", "split": "eval"}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def place(workplace):
+    words = [{"string": word} for word in ["I", "L", "T", "MC", "1"]]
+    words += [{"string": word, "split": "eval"} for word in ["IC", "LI", "CL", "M", "LLM", "2"]]
+    (workplace.folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in words))
+    return workplace
 
 
 @pytest.fixture
-def train(workplace, data):
-    """train("name", "--steps", 2, ...) is a run in out_dir "name" that has to succeed; returns its folder."""
-    def train(name, *arguments, code=0, script="train_cc.py"):
-        run = workplace.run(script, *SMALL, "--data", data, "--out_dir", name, *arguments)
-        assert run.code == code, run.err[-2000:]
-        return workplace.folder / name
-    return train
+def inside(inside, place):
+    """The small run of this file, in this process; see conftest.py."""
+    return lambda script, *arguments, **code: inside(script, *SMALL, *arguments, **code)
 
 
 @pytest.fixture(scope="session")
-def four_steps(workplace, data):
-    """The run that others are compared with; no test writes into it."""
-    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--steps", 4)
-    assert run.code == 0, run.err[-2000:]
-    return workplace.folder / "four"
+def whole(place):
+    """whole(script): the folder of an undisturbed run of four steps, made once; no test writes into it."""
+    made = {}
+
+    def whole(script):
+        if script not in made:
+            run = place.run(script, *SMALL, "--out_dir", "whole-" + script, "--steps", 4)
+            assert run.code == 0, run.err[-2000:]
+            made[script] = place.folder / ("whole-" + script)
+        return made[script]
+    return whole
+
+
+@pytest.fixture
+def copy_of(place, whole, tmp_path):
+    """copy_of(script): a copy of whole(script) to write into."""
+    return lambda script="train_cc.py": Path(shutil.copytree(whole(script), tmp_path / "copy" / script))
 
 
 def log_of(folder):
     """The lines of log.jsonl without times and memory."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
-    clock = ("wall_s", "time/", "memory")
-    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(("wall_s", "time/", "memory"))} for line in lines]
 
 
 def train_lines(folder):
@@ -73,773 +82,511 @@ def weights_of(folder):
             for key, value in load_file(file).items()}
 
 
-def same_weights(one, two):
-    one, two = weights_of(one), weights_of(two)
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+def state_of(folder):
+    return torch.load(folder / "train_state.pt", weights_only=True)
 
 
-# --- what a run leaves behind -----------------------------------------------------------------------------------------
-
-def test_a_run_writes_what_it_promises(four_steps, workplace):
-    assert FILES == set(os.listdir(four_steps))
-    config = json.loads((four_steps / "config.json").read_text())
-    assert config["batch_size"] == 4 and config["seed"] == 2 and config["versions"]["torch"].startswith("2.")
-    lines = log_of(four_steps)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4] and [line["step"] for line in train_lines(four_steps)] == [1, 2, 3, 4]
-    assert "eval/score" in lines[0] and "eval/score" in lines[-1] and lines[0]["joint_actions"] == 0
-    assert lines[-1]["episodes"] == 16 and 16 < lines[-1]["joint_actions"] <= 32
-    assert len({line["train/reward"] for line in train_lines(four_steps)}) > 1, "the base is too bad for these tests"
-    assert all(line["policy/grad_norm"] > 0 and line["loss/value"] > 0 for line in train_lines(four_steps))
-    for line in train_lines(four_steps):
-        assert {"episodes", "tokens", "train/return", "train/score", "train/turns", "train/response_tokens",
-                "train/truncated", "loss/policy", "value/explained_variance", "policy/entropy"} <= line.keys()
-    assert "oak_planks" in (four_steps / "samples.txt").read_text()
-    # the agents have moved, each in its own direction, and the base has not
-    weights = weights_of(four_steps)
-    moved = [{key: value for key, value in weights.items() if key.startswith(name) and "lora_B" in key}
-             for name in ("agent_0", "agent_1", "critic")]
-    assert all(any(value.abs().max() > 0 for value in group.values()) for group in moved)
-    assert not all(torch.equal(value, weights[key.replace("agent_0", "agent_1")]) for key, value in moved[0].items())
+def bytes_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_peft_reads_the_trained_agents(four_steps, workplace):
-    lm = LanguageModel(workplace.tiny)
-    lm.add_adapter("agent_1", str(four_steps / "agent_1"))
-    prompt, answer = lm.render([{"role": "user", "content": "Build I with white_concrete obsidian."}]), [5, 6, 300, lm.end]
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workplace.tiny), four_steps / "agent_1")
-    with torch.no_grad():
-        logp = peft(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    ours, _ = lm.logprobs(["agent_1"], [prompt], [answer])
-    assert torch.allclose(ours, torch.stack([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)]), atol=1e-5)
-
-
-# --- the same again ---------------------------------------------------------------------------------------------------
-
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, four_steps):
-    again = train("again", "--steps", 4)
-    assert log_of(again) == log_of(four_steps) and same_weights(again, four_steps)
-    other = train("other", "--steps", 2, "--seed", 1)
-    assert train_lines(other)[0]["loss/value"] != train_lines(four_steps)[0]["loss/value"]
-
-
-def test_how_often_a_team_is_evaluated_changes_nothing_else(train, four_steps):
-    often = train("often", "--steps", 4, "--eval_every", 1)
-    assert train_lines(often) == train_lines(four_steps) and same_weights(often, four_steps)
-
-
-def test_a_finished_run_can_be_made_longer(train, four_steps):
-    """The learning rate falls to 0 at the last step, so two steps and two more are not the four of a single run."""
-    folder = train("longer", "--steps", 2)
-    two = train_lines(folder)
-    train("longer", "--steps", 4, "--resume")
-    lines = train_lines(folder)
-    assert lines[:2] == two and [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[-1]["episodes"] == 16 and lines[-1] != train_lines(four_steps)[-1]
-
-
-def test_a_counter_goes_on_after_a_resume(train):
-    whole = train("cut", "--steps", 2, "--critic_tokens", 8)
-    train("cut-twice", "--steps", 1, "--critic_tokens", 8)
-    assert train_lines(train("cut-twice", "--steps", 2, "--critic_tokens", 8, "--resume"))[-1] == train_lines(whole)[-1]
-
-
-def test_micro_batches_change_memory_but_not_the_gradient(train):
-    """One optimizer step: Adam's first moment is the (clipped) gradient itself."""
-    gradients, norms = [], []
-    for size in (1, 2, 8):
-        folder = train(f"micro-{size}", "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", size)
-        state = torch.load(folder / "train_state.pt", weights_only=False)
-        gradients.append([torch.cat([moment["exp_avg"].flatten() for moment in state[name]["state"].values()])
-                          for name in ("actor_optimizer", "critic_optimizer")])
-        norms.append(train_lines(folder)[0]["policy/grad_norm"])
-    for one in gradients[1:]:
-        for ours, theirs in zip(one, gradients[0]):
-            assert ours.norm() > 0 and (ours - theirs).norm() < 1e-5 * theirs.norm()
-    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
-
-
-def test_logged_numbers_do_not_depend_on_micro_batches(train):
-    """Means over the step's answers or tokens, not means of the means of unequal micro-batches."""
-    lines = [train_lines(train(f"logged-{size}", "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", size))[0]
-             for size in (3, 64)]
-    by_turn = [line.pop("value/explained_variance_by_turn") for line in lines]
-    assert lines[0] == pytest.approx(lines[1], rel=1e-3) and by_turn[0] == pytest.approx(by_turn[1], rel=1e-3)
+def assert_same_run(one, two):
+    """Bit for bit, but for times and memory."""
+    assert log_of(one) == log_of(two) and (one / "samples.txt").read_text() == (two / "samples.txt").read_text()
+    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+    ours, theirs = weights_of(one), weights_of(two)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = state_of(one), state_of(two)
+    assert ours["rng"] == theirs["rng"] and torch.equal(ours["generator"], theirs["generator"])
 
 
 # --- three scripts, one skeleton --------------------------------------------------------------------------------------
 
-def changed_lines(one, two):
-    """(lines of one, lines of two) that differ."""
-    diff = list(difflib.unified_diff((ROOT / one).read_text().splitlines(), (ROOT / two).read_text().splitlines(), n=0))
-    return [[line[1:] for line in diff[2:] if line.startswith(sign)] for sign in "-+"]
+def test_a_diff_of_two_scripts_is_the_algorithm():
+    for script, most in zip(SCRIPTS[1:], (25, 100)):
+        diff = subprocess.run(["diff", "train_cc.py", script], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+        changed = len(re.findall("^[<>]", diff, re.M))
+        print(f"\ndiff train_cc.py {script}: {changed} changed lines")
+        assert changed <= most
+    texts = [(ROOT / script).read_text() for script in SCRIPTS]
+    rulers = [re.findall(r"^# --- (.+?) -+$", text, re.M) for text in texts]
+    assert rulers[0] == rulers[1] and rulers[2] == [ruler for ruler in rulers[0] if ruler != "critics"]
 
 
-def test_the_diff_of_cc_and_dc_is_the_algorithm():
-    cc, dc = changed_lines("train_cc.py", "train_dc.py")
-    print(f"\ndiff train_cc.py train_dc.py: {len(cc) + len(dc)} changed lines")
-    assert len(cc) + len(dc) < 25
-    header = (ROOT / "train_dc.py").read_text().split('"""')[1].splitlines()
-    code = [line for line in dc if line not in header]
-    assert [re.match(r"\w+", line)[0] for line in code] == ["ALGORITHM", "critics", "reads", "critic_of"]
+@pytest.mark.parametrize("script, critics", list(zip(SCRIPTS, [["critic"], ["critic_0", "critic_1"], []])))
+def test_a_run_writes_what_it_promises(script, critics, whole):
+    folder = whole(script)
+    files = {"config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", *critics}
+    assert {*os.listdir(folder)} == files
+    config = json.loads((folder / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["lr"] == StrBuild.lr and config["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4] and lines[0]["joint_actions"] == 0
+    for line, kind in zip(lines, ["eval", *["train"] * 4, "eval"]):
+        assert line.keys() >= {*KEYS[kind].split()} and ("loss/value" in line) == (kind == "train" and critics != [])
+        assert line == line and not any(value != value for value in line.values())  # no NaN
+    assert all(line["policy/grad_norm"] > 0 for line in lines[1:5]), "the stand-in is too bad for these tests"
+    assert lines[-1]["episodes"] == 16 and 16 < lines[-1]["joint_actions"] <= 32 and lines[-1]["inputs/truncated"] == 0
+    assert log_of(folder)[0] == log_of(whole(SCRIPTS[0]))[0]  # the same untrained team
+    assert (folder / "samples.txt").read_text().count("=== step 4, ") == 4
+    weights = weights_of(folder)
+    moved = [{key.split("/", 1)[1]: x for key, x in weights.items() if key.startswith(name + "/") and "lora_B" in key}
+             for name in ("agent_0", "agent_1", *critics)]
+    assert len(moved[0]) > 7 and all(x.abs().max() > 0 for own in moved for x in own.values())
+    assert not any(torch.equal(x, moved[1][key]) for key, x in moved[0].items())
 
 
-def test_the_three_scripts_have_the_same_sections_in_the_same_order():
-    rulers = [re.findall(r"^# --- (.+?) -+$", (ROOT / script).read_text(), re.M) for script in SCRIPTS]
-    assert rulers[0] == rulers[1] and len(rulers[0]) == 10
-    assert rulers[2] == [ruler for ruler in rulers[0] if ruler != "critics"]
-
-
-def test_one_agent_is_the_same_in_cc_and_dc(train):
-    """With one agent the joint history is that agent's: ordinary single-agent actor-critic, to the last bit."""
-    one, two = (train(f"alone-{script}", "--steps", 3, "--num_agents", 1, script=script) for script in SCRIPTS[:2])
-    assert log_of(one) == log_of(two)
-    one, two = weights_of(one), weights_of(two)
-    assert [torch.equal(one[key], two[key.replace("critic/", "critic_0/")]) for key in one] == [True] * len(two)
-
-
-def test_all_scripts_write_the_same_log_keys_and_stay_apart(train, four_steps):
-    names = {"train_dc.py": {"agent_0", "agent_1", "critic_0", "critic_1"}, "train_mc.py": {"agent_0", "agent_1"}}
-    for script, folders in names.items():
-        folder = train(f"keys-{script}", "--steps", 2, script=script)
-        assert {name for name in os.listdir(folder) if (folder / name).is_dir()} == folders
-        for line in (0, 1, -1):  # an evaluation, a training step, an evaluation
-            assert log_of(folder)[line].keys() == log_of(four_steps)[line].keys()
-        assert log_of(folder)[0] == log_of(four_steps)[0]  # the same untrained team
-        assert all(value == value for line in train_lines(folder) for value in line.values())
-
-
-@pytest.fixture
-def inside(inside, data):
-    """The small run of this file, in this process; see conftest.py."""
-    return lambda script, *arguments: inside(script, *SMALL, "--data", data, *arguments)
-
-
-def advantages_of(episodes):
-    return [[list(turn.advantages) for turn in e.turns] for e in episodes]
-
+# --- one step by hand -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])
-def test_advantages_are_td_errors_of_the_right_critic(inside, script):
-    run = inside(script, "--steps", 1, "--lam", 0.5)
-    episodes, agents = run["episodes"], range(2)
-    errors = [[td_targets(e.rewards, [turn.values[c] for turn in e.turns], 0.9, 0.5)[1]
-               for c in ([0, 0] if script == "train_cc.py" else [0, 1])] for e in episodes]  # [episode][agent][turn]
-    everything = torch.tensor([[errors[k][i][t] for i in agents] for k, e in enumerate(episodes)
-                               for t in range(len(e.turns))])
-    expected = (everything - everything.mean()) / everything.std(correction=0)
-    ours = torch.tensor([row for e in advantages_of(episodes) for row in e])
-    assert torch.allclose(ours, expected, atol=1e-4)
-    for turn in [turn for e in episodes for turn in e.turns]:
-        texts = [run["lms"][0].tokenizer.decode(ids) for ids in turn.critic_inputs]
-        shown = [[0, 1]] if script == "train_cc.py" else [[0], [1]]  # the agents whose histories each critic reads
-        assert [[i for i in agents if f"with {' '.join(run['task'].palettes[i])}" in text] for text in texts] == shown
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_values_are_those_before_the_critic_learned_from_an_episode(inside, micro_batch):
-    run = inside("train_cc.py", "--steps", 1, "--passes", 3, "--minibatches", 1, "--micro_batch", micro_batch)
-    critic, turns = run["critics"][0], [(t, turn) for e in run["episodes"] for t, turn in enumerate(e.turns)]
-    mean = critic.mean.tolist()  # what an untrained critic says
-    assert all(turn.values == {0: pytest.approx(mean[t], abs=1e-5)} for t, turn in turns)
-    with torch.no_grad():
-        now = critic([turn.critic_inputs[0] for _, turn in turns], [t for t, _ in turns])
-    assert (now - torch.tensor([mean[t] for t, _ in turns])).abs().max() > 1e-3  # it has learned since
-    assert run["stats"]["value/explained_variance_by_turn"] == pytest.approx([0, 0], abs=1e-4)
-
-
-@pytest.mark.parametrize("script", SCRIPTS[:2])
-def test_the_value_loss_of_an_untrained_critic_by_hand(inside, script):
-    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--lam", 0.5)
-    losses = []
-    for critic in run["critics"]:
-        mean, std = critic.mean.tolist(), critic.std.tolist()  # what it says before it has learned; its unit
-        for e in run["episodes"]:
-            targets, _ = td_targets(e.rewards, mean[:len(e.turns)], 0.9, 0.5)
-            losses += [((mean[t] - target) / std[t]) ** 2 for t, target in enumerate(targets)]
+def test_advantages_are_td_errors_of_the_right_critic(script, inside):
+    """V is what each critic said before it learned from the step: the mean return of the turn, in the first one."""
+    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3)
+    episodes, palettes, losses, errors = run["episodes"], run["task"].palettes, [], []
+    returns = [[e.rewards[0] + 0.9 * e.rewards[1], e.rewards[1]] for e in episodes]
+    V = [sum(ret[t] for ret in returns) / 4 for t in range(2)] + [0]
+    std = torch.tensor(returns).std(0, correction=0).clamp(min=0.1).tolist()
+    for e in episodes:
+        for t, turn in enumerate(e.turns):
+            assert turn.values == pytest.approx([V[t]] * len(run["critics"]), abs=1e-5)
+            errors.append(e.rewards[t] + 0.9 * V[t + 1] - V[t])
+            losses.append((errors[-1] / std[t]) ** 2)
+            texts = [run["lms"][0].tokenizer.decode(ids) for ids in turn.critic_inputs]
+            shown = [[i for i in range(2) if f"with {' '.join(palettes[i])}" in text] for text in texts]
+            assert shown == ([[0, 1]] if script == "train_cc.py" else [[0], [1]])
+    errors = torch.tensor(errors)
+    ours = torch.tensor([turn.advantages for e in episodes for turn in e.turns])
+    assert torch.allclose(ours, ((errors - errors.mean()) / errors.std(correction=0))[:, None].expand(-1, 2), atol=1e-4)
     assert run["stats"]["loss/value"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+    now = [critic([turn.critic_inputs[c] for turn in episodes[0].turns], [0, 1]) for c, critic in enumerate(run["critics"])]
+    assert all((values - torch.tensor(V[:2])).abs().max() > 1e-3 for values in now)  # they have learned since
+
+
+def test_each_agent_has_the_advantage_of_its_own_critic(inside):
+    run = inside("train_dc.py", "--steps", 1)
+    for critic, bias in zip(run["critics"], (0.5, -2.0)):  # apart
+        torch.nn.init.constant_(critic.head.bias, bias)
+        torch.nn.init.zeros_(critic.head.weight)
+    for turn in [turn for e in run["episodes"] for turn in e.turns]:
+        turn.values, turn.targets = [], []
+    run["set_advantages"](run["episodes"])
+    (m0, m1), (s0, s1) = run["critics"][0].mean.tolist(), run["critics"][0].std.tolist()
+    raw = torch.tensor([[e.rewards[0] + 0.9 * (m1 + b * s1) - (m0 + b * s0) for b in (0.5, -2.0)] if t == 0 else
+                        [e.rewards[1] - (m1 + b * s1) for b in (0.5, -2.0)] for e in run["episodes"] for t in range(2)])
+    ours = torch.tensor([turn.advantages for e in run["episodes"] for turn in e.turns])
+    assert torch.allclose(ours, (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
 
 
 @pytest.mark.parametrize("baseline", ["group", "loo", "none"])
-def test_monte_carlo_advantages_by_hand(inside, baseline):
-    episodes = inside("train_mc.py", "--steps", 1, "--baseline", baseline, "--group_size", 2)["episodes"]
+def test_monte_carlo_advantages_by_hand(baseline, inside):
+    episodes = inside("train_mc.py", "--steps", 1, "--baseline", baseline)["episodes"]
     assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
-    returns = [td_targets(e.rewards, [0, 0], 0.9, 1.0)[0] for e in episodes]
-    errors = []
-    for k, ret in enumerate(returns):
-        pair = [returns[k // 2 * 2], returns[k // 2 * 2 + 1]]
-        errors += [ret[t] - baselines([one[t] for one in pair], baseline)[k % 2] for t in range(2)]
-    expected = torch.tensor(errors) / torch.tensor(errors).square().mean().sqrt()
-    ours = torch.tensor([row for e in advantages_of(episodes) for row in e])
-    assert torch.allclose(ours, expected[:, None].expand(-1, 2), atol=1e-4)
-    assert (baseline == "none") == bool((expected < 0).all())  # rewards are negative: nothing to compare with
+    returns = torch.tensor([[e.rewards[0] + 0.9 * e.rewards[1], e.rewards[1]] for e in episodes]).view(2, 2, 2)
+    raw = returns - {"group": returns.mean(1, keepdim=True), "loo": returns.flip(1), "none": 0}[baseline]
+    ours = torch.tensor([turn.advantages for e in episodes for turn in e.turns])
+    assert torch.allclose(ours, (raw / raw.square().mean().sqrt()).view(-1, 1).expand(-1, 2), atol=1e-4)
+    assert (baseline == "none") == bool((raw < 0).all())  # rewards are negative: nothing to compare with
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_actors_gradient_and_clipped_loss_by_hand(inside, script):
+def test_the_actors_gradient_and_clipped_loss_by_hand(script, inside):
     """A first minibatch has the gradient of - mean A log pi; then agents are moved so far that clipping matters."""
-    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--temperature", 0.7,
-                 *(["--group_size", 2] if script == "train_mc.py" else []))
+    run = inside(script, "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", 3, "--temperature", 0.7)
     lm, turns, ours = run["lms"][0], [turn for e in run["episodes"] for turn in e.turns], run["actor_parameters"]
 
-    def answers():
-        """Of every answer: each token's log pi now and when it was sampled, and its agent's advantage."""
-        for i in range(2):
-            for turn in turns:
-                logp, _ = lm.logprobs([f"agent_{i}"], [turn.prompts[i]], [turn.tokens[i]], 0.7)
-                yield logp, torch.tensor(turn.logps[i]), turn.advantages[i]
+    def answers(i):
+        """Of every answer of agent i: each token's log pi now and when it was sampled, and its advantage."""
+        for turn in turns:
+            logp, _ = lm.logprobs(f"agent_{i}", [turn.prompts[i]], [turn.tokens[i]], 0.7)
+            yield logp, torch.tensor(turn.logps[i]), turn.advantages[i]
 
-    with torch.no_grad():
-        for key, p in lm.causal_lm.named_parameters():
-            if "lora_B" in key:
-                p.zero_()  # as before the step, which moved nothing else
-    assert all(torch.allclose(logp, sampled, atol=1e-4) for logp, sampled, _ in answers())
-    loss = -sum(advantage * logp.sum() for logp, _, advantage in answers()) / (2 * len(turns))
-    gradient = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, ours)])
+    for key, p in lm.causal_lm.named_parameters():
+        p.data *= 0.0 if "lora_B" in key else 1.0  # as before the step, which moved nothing else
+    for i in range(2):
+        rows = list(answers(i))
+        assert all(torch.allclose(logp, sampled, atol=1e-4) for logp, sampled, _ in rows)
+        (-sum(advantage * logp.sum() for logp, _, advantage in rows) / (2 * len(turns))).backward()
+    gradient = torch.cat([p.grad.flatten() for p in ours])
     state = run["actor_optimizer"].state
     moment = torch.cat([state[p]["exp_avg"].flatten() for p in ours]) / 0.1  # Adam's first: the gradient, clipped to norm 1
     assert run["stats"]["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
     assert torch.allclose(moment, gradient / max(1, gradient.norm()), atol=1e-4)
+    run["actor_optimizer"].zero_grad()
     torch.manual_seed(0)
     for p in ours:
         p.data += 0.1 * torch.randn_like(p)
     for turn in turns:
         turn.advantages = [turn.advantages[0], -turn.advantages[1] / 2]  # to each agent its own
     expected, kinds = 0.0, set()
-    with torch.no_grad():
-        for logp, sampled, advantage in answers():
-            for ratio in (logp - sampled).exp().tolist():  # clipped only in the direction that the advantage rewards
-                used = min(ratio, 1.2) if advantage > 0 else max(ratio, 0.8)
-                expected -= used * advantage / (2 * len(turns))
-                kinds.add((advantage > 0, ratio > 1.2, ratio < 0.8))
+    for logp, sampled, advantage in [row for i in range(2) for row in answers(i)]:
+        for ratio in (logp - sampled).exp().tolist():  # clipped only in the direction that the advantage rewards
+            used = min(ratio, 1.2) if advantage > 0 else max(ratio, 0.8)
+            expected -= used * advantage / (2 * len(turns))
+            kinds.add((advantage > 0, ratio > 1.2, ratio < 0.8))
     assert len(kinds) == 6, "this test wants ratios on both sides of both bounds"
-    assert run["update_actors"](run["played" if script == "train_mc.py" else "episodes"])["loss/policy"] == pytest.approx(
-        expected, rel=1e-3, abs=1e-4)
+    assert run["update_actors"](run["episodes"])["loss/policy"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_rank_without_running_episodes_draws_as_many_numbers_as_the_others(inside, script):
-    run = inside(script, "--steps", 0)
-    run["args"].ranks, ours, all_turns = 2, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    assert run["rollout"]([{"string": "I"}], ours) == []  # rank 0 has no share of one item
-    for _ in range(2):
-        torch.rand(1, 2, 24, generator=all_turns)
-    assert torch.equal(ours.get_state(), all_turns.get_state())
+def test_a_step_of_equal_returns_moves_no_actor(script, inside, monkeypatch):
+    """Also after a step in which they differed, when Adam's momentum alone would move them."""
+    judge_all, save, saved = StrBuild.judge_all, Run.save, []
+
+    def judge(self, items, answers, turn, worlds):
+        outcomes = judge_all(self, items, answers, turn, worlds)
+        for outcome, item in zip(outcomes, items) if saved else []:  # a turn's own reward, but every episode's
+            outcome.reward = -1.3 - 0.7 * turn - (ord(item["string"][0]) / 70 if script == "train_mc.py" else 0)
+        return outcomes  # Monte Carlo compares the three episodes on an item: items may differ
+
+    monkeypatch.setattr(StrBuild, "judge_all", judge)
+    monkeypatch.setattr(Run, "save", lambda run, state: (saved.append(state["adapters"]), save(run, state)))
+    lines = train_lines(inside(script, *"--steps 3 --save_every 1 --batch_size 6 --group_size 3".split())["args"].out_dir)
+    assert lines[0]["policy/grad_norm"] > 0 and [line["policy/grad_norm"] for line in lines[1:]] == [0, 0]
+    actors = [key for key in saved[0] if ".agent_" in key]
+    assert len(actors) >= 16 and any(saved[0][key].any() for key in actors if "lora_B" in key)
+    assert all(torch.equal(saved[0][key], later[key]) for later in saved[1:] for key in actors)
+    assert all(not torch.equal(saved[0][key], saved[2][key]) for key in saved[0] if ".critic" in key and "lora_B" in key)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_episode_that_is_good_enough_goes_no_further(inside, script):
-    run = inside(script, "--steps", 0)
-    judge_all = run["task"].judge_all
+def test_micro_batches_change_memory_but_not_the_gradient(inside):
+    """One optimizer step: Adam's first moment is the (clipped) gradient itself."""
+    gradients, lines = [], []
+    for size in (1, 2, 8):
+        run = inside("train_cc.py", "--steps", 1, "--passes", 1, "--minibatches", 1, "--micro_batch", size)
+        gradients.append([torch.cat([p["exp_avg"].flatten() for p in run[name].state.values()]) for name in (
+            "actor_optimizer", "critic_optimizer")])
+        lines.append(train_lines(run["args"].out_dir)[0])
+        lines[-1].update(enumerate(lines[-1].pop("value/explained_variance_by_turn")))
+    for others in gradients[1:]:
+        for ours, theirs in zip(others, gradients[0], strict=True):
+            assert ours.norm() > 0 and (ours - theirs).norm() < 1e-4 * theirs.norm()
+        assert lines.pop() == pytest.approx(lines[0], rel=1e-3, abs=1e-5)
 
-    def generous(items, *rest):
-        outcomes = judge_all(items, *rest)
+
+def test_an_episode_that_is_solved_goes_no_further(inside, monkeypatch):
+    run, judge_all = inside("train_cc.py", "--steps", 0), StrBuild.judge_all
+
+    def generous(self, items, *rest):
+        outcomes = judge_all(self, items, *rest)
         for item, outcome in zip(items, outcomes):
             outcome.done = item["string"] == "I"
         return outcomes
 
-    run["task"].judge_all = generous
-    episodes = run["rollout"]([{"string": "I"}, {"string": "L"}], torch.Generator().manual_seed(0))
-    assert [len(e.turns) for e in episodes] == [1, 2]
+    monkeypatch.setattr(StrBuild, "judge_all", generous)
+    ours, both = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    assert [len(e.turns) for e in run["rollout"]([{"string": "I"}, {"string": "L"}], torch.Generator())] == [1, 2]
+    assert len(run["rollout"]([{"string": "I"}], ours)[0].turns) == 1
+    torch.rand(2, 2, 24, generator=both)
+    assert torch.equal(ours.get_state(), both.get_state())  # as many draws as those of a rank that plays on
 
 
-def test_a_critic_keeps_the_scale_of_the_first_step_and_its_own_rate(inside, data):
-    run = inside("train_cc.py", "--steps", 2, "--save_every", 1, "--lr", 1e-4, "--critic_lr", 3e-3)
-    critic, returns = run["critics"][0], torch.tensor([e.returns(0.9) for e in run["episodes"] if len(e.turns) == 2])
-    assert not torch.allclose(critic.mean, returns.mean(0), atol=1e-3)  # the episodes are those of the second step
-    assert run["critic_optimizer"].param_groups[0]["lr"] == 3e-3 and run["actor_optimizer"].param_groups[0]["lr"] == 5e-5
-    saved = torch.load(run["args"].out_dir / "critic" / "value_head.pt", weights_only=True)
-    assert saved.keys() == critic.state_dict().keys() and all(torch.equal(saved[key], x) for key, x in critic.state_dict().items())
+def test_agents_of_different_models(inside, tmp_path, monkeypatch):
+    judge_all = StrBuild.judge_all
+    monkeypatch.setattr(StrBuild, "judge_all", lambda self, items, answers, *rest: [  # random models build nothing
+        replace(outcome, reward=len(texts[0]) / 99) for outcome, texts in zip(judge_all(self, items, answers, *rest), answers)])
+    folders = [make_folder(tmp_path / name, *FAMILIES[name]) for name in ("Qwen3", "GPT-2")]
+    run = inside("train_dc.py", "--model", ",".join(folders), "--steps", 1, "--critic_tokens", 8, "--gradient_checkpointing")
+    for i, lm in enumerate(run["lms"]):
+        config = json.loads((run["args"].out_dir / f"agent_{i}" / "adapter_config.json").read_text())
+        assert lm.folder == folders[i] == config["base_model_name_or_path"] and run["critics"][i].lm[0] is lm
+        for turn in run["episodes"][0].turns:  # each with its own tokens
+            assert lm.tokenizer.decode(turn.tokens[i], skip_special_tokens=True) == turn.responses[i]
+    line = train_lines(run["args"].out_dir)[0]
+    prompts = [run["lms"][i].render(history(run["task"], Episode(e.item, e.turns[:t]), i)) for e in run["episodes"]
+               for t in range(2) for i in range(2)]
+    cut = sum(len(prompt) > 512 - 24 for prompt in prompts)
+    assert line["policy/grad_norm"] > 0 and line["inputs/truncated"] == 16 + cut  # 16: all that the critics read
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_held_out_items_are_not_trained_on(inside, script, tmp_path):
-    lines = [{"string": "I"}] + [{"string": word, "split": "eval"} for word in ("L", "T", "C", "1")]
-    (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    episodes = inside(script, "--steps", 1, "--data", tmp_path / "words.jsonl", "--top_p", 0.001)["episodes"]
-    assert [e.item["string"] for e in episodes] == ["I"] * 4
-    assert len({tuple(e.turns[0].responses) for e in episodes}) == 1  # a nucleus of one token leaves no choice
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+def start_ranks(place, script, *arguments):
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    return [place.start(script, *SMALL, *arguments, environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test"}) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("baseline", ["group", "loo"])
-def test_a_tree_by_hand(inside, baseline):
-    """Two items, two joint actions at each turn: 8 episodes that consist of 12 joint actions."""
-    run = inside("train_mc.py", "--steps", 1, "--tree", "--baseline", baseline, "--group_size", 2, "--batch_size", 8,
-                 "--passes", 1, "--minibatches", 3)
-    episodes, played = run["episodes"], run["played"]
-    assert all(len(e.turns) == 2 for e in episodes), "this test wants episodes that do not end early"
-    assert run["progress"]["episodes"] == 8 and run["progress"]["joint_actions"] == 12
-    errors = {}
-    for first in (0, 4):
-        tree = episodes[first:first + 4]
-        assert len({json.dumps(e.item) for e in tree}) == 1 and len({id(e.turns[1]) for e in tree}) == 4
-        assert tree[0].turns[0] is tree[1].turns[0] and tree[2].turns[0] is tree[3].turns[0] is not tree[0].turns[0]
-        later = [e.rewards[1] for e in tree]
-        first_turn = [tree[0].rewards[0] + 0.9 * (later[0] + later[1]) / 2, tree[2].rewards[0] + 0.9 * (later[2] + later[3]) / 2]
-        for turns, returns in [([e.turns[0] for e in tree[::2]], first_turn), ([e.turns[1] for e in tree[:2]], later[:2]),
-                               ([e.turns[1] for e in tree[2:]], later[2:])]:
-            for turn, ret, other in zip(turns, returns, reversed(returns)):
-                errors[id(turn)] = ret - other if baseline == "loo" else (ret - other) / 2
-    spread = torch.tensor(list(errors.values())).square().mean().sqrt().item()
-    assert len(errors) == len(played) == 12 and spread > 0
-    for one, two in zip(played[::2], played[1::2]):  # two answers to one history
-        assert one.turns[0].prompts == two.turns[0].prompts
-    for e in played:
-        assert e.turns[0].advantages == pytest.approx([errors[id(e.turns[0])] / spread] * 2, abs=1e-4)
-    logp, _ = run["lms"][0].logprobs(["agent_0"] * 12, [e.turns[0].prompts[0] for e in played],
-                                     [e.turns[0].tokens[0] for e in played])
-    sampled = torch.tensor([x for e in played for x in e.turns[0].logps[0]])
-    assert (logp - sampled).abs().mean() < 0.05  # the agent has hardly moved: these are the histories that it answered
+def join(ranks, code):
+    for run in ranks:
+        run.process.join(120)
+        assert run.process.exitcode == code, run.err.read_text()[-2000:]
 
 
-def test_a_tree_of_one_turn_is_a_group(train):
-    tree, group = (train(name, "--steps", 2, "--num_turns", 1, *more, script="train_mc.py")
-                   for name, more in [("tree", ["--tree"]), ("no-tree", [])])
-    assert same_weights(tree, group)
+@pytest.mark.parametrize("script", ["train_cc.py", "train_mc.py"])
+def test_two_ranks_are_one_rank_with_twice_the_episodes(script, inside, place):
+    arguments = ["--steps", 1, "--minibatches", 2, "--model", "out/tiny-strbuild"]
+    ranks = start_ranks(place, script, *arguments, "--out_dir", "two-" + script)
+    one, two = inside(script, *arguments, "--batch_size", 8)["args"].out_dir, place.folder / ("two-" + script)
+    join(ranks, 0)
+    assert "step 1" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
+    assert len(log_of(two)) == 3  # one rank writes
+    for left, right in zip(log_of(one), log_of(two), strict=True):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert right[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    before, after = weights_of(one), weights_of(two)
+    left, right = (torch.cat([weights[key].flatten() for key in before]) for weights in (before, after))
+    assert (left - right).norm() < 0.01 * left.norm()  # where a gradient is 0, Adam turns rounding errors into steps
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_group_plays_one_item_and_is_learned_from_together(inside, script):
-    run = inside(script, "--steps", 1, "--group_size", 2, "--minibatches", 2)
-    episodes = run["episodes"]
-    assert [e.item for e in episodes[::2]] == [e.item for e in episodes[1::2]]
-    rng = random.Random(2)  # what was drawn: an item per group, then in each pass of critics and actors the groups' order
-    for _ in range(2):
-        rng.choice(run["task"].train_items)
-    for _ in range(2 * (len(run.get("critics", [])) + 1)):
-        run["minibatches"](episodes, 2, 2, rng)
-    assert run["rng"].getstate() == rng.getstate()
-    parts = run["minibatches"](episodes, 2, 2, run["rng"])
-    assert sorted([id(e) for e in part] for part in parts) == sorted([list(map(id, episodes[:2])), list(map(id, episodes[2:]))])
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_persistent_world_with_a_sparse_reward(inside, workplace, script):
-    arguments = ["--steps", 1, "--world", "persistent", "--reward", "sparse", "--num_turns", 3, "--model", "out/tiny-strbuild"]
-    run = inside(script, *arguments)
-    episodes = run["episodes"]
-    for e in episodes:
-        assert [turn.outcome.reward for turn in e.turns[:-1]] == [0, 0] and e.turns[-1].outcome.reward < 0
-        for one, two in zip(e.turns, e.turns[1:]):
-            assert one.outcome.world.keys() <= two.outcome.world.keys()
-    assert any(e.turns[0].outcome.world for e in episodes), "the base is too bad for this test"
-    if script == "train_mc.py":  # one is enough: playing does not know how a team was trained
-        play = workplace.run("model.py", run["args"].out_dir)
-        assert play.code == 0 and "blocks:" in play.out and play.out.count("reward 0.000") == 2, play.err[-2000:]
-
-
-# --- interrupted and killed -------------------------------------------------------------------------------------------
-
-def wait_for(run, path, text, timeout=60):
-    """Wait until the file at path contains text."""
+def test_two_ranks_stop_together(place):
+    """A signal may reach only one of them, and neither may wait for the other."""
+    ranks, folder = start_ranks(place, "train_cc.py", "--steps", 99, "--out_dir", "stopped"), place.folder / "stopped"
     started = time.time()
-    while not (path.exists() and text in path.read_text()):
-        assert run.process.is_alive(), run.err.read_text()
-        assert time.time() - started < timeout, f"{text!r} did not come"
-        time.sleep(0.01)
+    while not ((folder / "log.jsonl").exists() and "train/reward" in (folder / "log.jsonl").read_text()):
+        assert ranks[0].process.is_alive() and time.time() - started < 60, ranks[0].err.read_text()
+        time.sleep(0.02)
+    os.kill(ranks[1].process.pid, signal.SIGTERM)
+    join(ranks, 130)
+    assert state_of(folder)["progress"]["step"] == train_lines(folder)[-1]["step"] < 99
 
 
-def resume_and_compare(train, folder, four_steps, *arguments):
-    """Continue a run to its end: bit for bit it equals an undisturbed run."""
-    train(folder.name, "--steps", 4, "--resume", *arguments)
-    assert train_lines(folder) == train_lines(four_steps) and log_of(folder)[-1] == log_of(four_steps)[-1]
-    assert same_weights(folder, four_steps) and set(os.listdir(folder)) == FILES
-    ours, theirs = (torch.load(path / "train_state.pt", weights_only=False) for path in (folder, four_steps))
-    assert ours["rng"] == theirs["rng"] and torch.equal(ours["generator"], theirs["generator"])
+# --- interrupted, killed, resumed -------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_run_however_often_it_is_evaluated(inside, whole):
+    again, one = inside("train_cc.py", "--steps", 4, "--eval_every", 3)["args"].out_dir, whole("train_cc.py")
+    assert [line["step"] for line in log_of(again) if "eval/score" in line] == [0, 3, 4]
+    assert train_lines(again) == train_lines(one) and log_of(again)[-1] == log_of(one)[-1]
+    ours, theirs = weights_of(again), weights_of(one)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    other = inside("train_cc.py", "--steps", 1, "--seed", 1)["args"].out_dir
+    assert train_lines(other)[0]["loss/value"] != train_lines(one)[0]["loss/value"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_control_c_saves_and_resume_goes_on(workplace, data, train, four_steps, number):
-    folder = workplace.folder / f"interrupted-{number.name}"
-    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 4, "--save_every", 99)
-    wait_for(run, folder / "log.jsonl", "train/reward")
-    os.kill(run.process.pid, number)
-    run.process.join(60)
-    assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
-    assert run.err.read_text().count("interrupted: what is under way will be finished and saved; once more stops at once\n") == 1
-    assert "--resume" in run.out.read_text().splitlines()[-1]
-    step = train_lines(folder)[-1]["step"]
-    assert torch.load(folder / "train_state.pt", weights_only=False)["progress"]["step"] == step < 4
-    resume_and_compare(train, folder, four_steps, "--save_every", 99)
+@pytest.mark.parametrize("script, number", list(zip(SCRIPTS, [signal.SIGTERM, signal.SIGINT, signal.SIGTERM])))
+def test_interrupted_runs_save_and_resume_as_if_nothing_had_happened(
+        script, number, inside, whole, tmp_path, monkeypatch, capfd):
+    log, folder = Run.log, tmp_path / "run"
+
+    def interrupt(run, line, samples=()):
+        log(run, line, samples)
+        if line["step"] == 2 and "train/reward" in line:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupt)
+        inside(script, "--steps", 4, "--out_dir", folder, code=130)
+    out, err = capfd.readouterr()
+    assert f"interrupted: saved {folder} at step 2; continue with --resume" in out and "Traceback" not in err
+    assert err.count("interrupted: what is under way will be finished and saved; once more stops at once\n") == 1
+    assert state_of(folder)["progress"]["step"] == 2
+    inside(script, "--steps", 4, "--out_dir", folder, "--resume")
+    assert_same_run(folder, whole(script))
 
 
-def test_control_c_before_there_is_anything_to_save(workplace, tmp_path):
-    run = workplace.start("train_cc.py", *SMALL, folder=tmp_path)
-    wait_for(run, run.err, "building")
-    os.kill(run.process.pid, signal.SIGINT)
-    run.process.join(60)
-    assert run.process.exitcode == 130 and "Traceback" not in run.err.read_text()
-    assert "nothing to save yet" in run.out.read_text() and not (tmp_path / "out" / "cc-strbuild").exists()
+def test_an_interrupted_evaluation_ends_between_its_batches(inside, tmp_path, monkeypatch):
+    arguments, judge_all, calls = ["--steps", 1, "--model", "out/tiny-strbuild"], StrBuild.judge_all, []
+    whole = inside("train_cc.py", *arguments)["args"].out_dir
+    with monkeypatch.context() as patch:
+        patch.setattr(StrBuild, "judge_all", lambda self, items, *rest: (
+            calls.append(len(items)) or os.kill(os.getpid(), signal.SIGTERM), judge_all(self, items, *rest))[1])
+        patch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # there is a second signal, at the second turn
+        inside("train_cc.py", *arguments, "--out_dir", tmp_path / "run", code=130)
+    assert calls == [4, 4]  # two turns of the first four of six items
+    assert not (tmp_path / "run" / "log.jsonl").exists() and state_of(tmp_path / "run")["progress"]["step"] == 0
+    inside("train_cc.py", *arguments, "--out_dir", tmp_path / "run", "--resume")
+    assert_same_run(tmp_path / "run", whole)
 
 
-def test_an_evaluation_that_a_stop_cut_off_is_made_on_resume(workplace, data, train):
-    flags = ["--steps", 3, "--eval_every", 1, "--save_every", 1]
-    whole = train("evaluated", *flags)
-    assert [line["step"] for line in log_of(whole) if "eval/score" in line] == [0, 1, 2, 3]
-    folder = workplace.folder / "cut-off"
-    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, *flags)
-    wait_for(run, folder / "log.jsonl", "eval/score")
-    os.kill(run.process.pid, signal.SIGINT)
-    run.process.join(60)
-    assert run.process.exitcode == 130 and "train/" in (folder / "log.jsonl").read_text().splitlines()[-1]
-    train(folder.name, *flags, "--resume")
-    assert log_of(folder) == log_of(whole) and (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    train(folder.name, *flags[2:], "--steps", 2, "--resume")  # fewer than it already has
-    assert log_of(folder) == log_of(whole)
+def test_a_run_killed_in_its_first_save_resumes(inside, whole, tmp_path, monkeypatch):
+    """The state is written, the adapters are not; what a kill leaves behind is cleared away."""
+    save, folder = Run.save, tmp_path / "run"
 
+    def die(run, state):
+        save(run, state)
+        sys.exit(9)
 
-def test_overwriting_takes_only_what_a_run_wrote(train, four_steps, workplace):
-    folder = workplace.folder / "shelf[1]"  # must not be read as a file-name pattern
-    shutil.copytree(four_steps, folder)
-    shutil.copytree(four_steps, folder / "another")
-    (folder / "agent_notes.txt").write_text("mine")
-    (folder / "train_state.pt.part").write_text("half")
-    train(folder.name, "--steps", 0, "--overwrite")
-    assert (folder / "agent_notes.txt").read_text() == "mine" and not (folder / "train_state.pt.part").exists() and same_weights(folder / "another", four_steps)
-    assert len(log_of(folder)) == 1 and not same_weights(folder, four_steps)
-
-
-@pytest.mark.parametrize("save_every, last_words", [(99, '"step": 1'), (2, '"step": 3'), (1, '"step": 2')],
-                         ids=["before the first save", "between saves", "while saving"])
-def test_a_killed_run_resumes(workplace, data, train, four_steps, save_every, last_words):
-    folder = workplace.folder / f"killed-{save_every}"
-    run = workplace.start("train_cc.py", *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 4,
-                          "--save_every", save_every)
-    wait_for(run, folder / "log.jsonl", last_words)
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.process.join(60)
-    assert run.process.exitcode == -signal.SIGKILL
-    with open(folder / "log.jsonl", "a") as file:  # a line half written at that moment
-        file.write('{"step": 3, "train/rew')
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", die)
+        inside("train_cc.py", "--steps", 4, "--save_every", 2, "--out_dir", folder, code=9)
+    assert "agent_0" not in os.listdir(folder)
+    with open(folder / "log.jsonl", "a") as file:  # lines after the last save, the last one half written
+        file.write('{"step": 3}\n{"step": 4, "train/rew')
     (folder / "train_state.pt.part").write_bytes(b"half")
     (folder / ".saving-left").mkdir()
-    resume_and_compare(train, folder, four_steps, "--save_every", save_every)
+    inside("train_cc.py", "--steps", 4, "--save_every", 2, "--out_dir", folder, "--resume")
+    assert_same_run(folder, whole("train_cc.py"))
+    shutil.rmtree(folder / "agent_1")  # killed in its last save: no step is left, and yet the agents must be written
+    inside("train_cc.py", "--steps", 4, "--save_every", 2, "--out_dir", folder, "--resume")
+    assert_same_run(folder, whole("train_cc.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_the_siblings_resume_as_well(workplace, data, train, script):
-    whole, folder = train(f"whole-{script}", "--steps", 4, script=script), workplace.folder / f"killed-{script}"
-    run = workplace.start(script, *SMALL, "--data", data, "--out_dir", folder.name, "--steps", 4, "--save_every", 2)
-    wait_for(run, folder / "log.jsonl", '"step": 3')
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.process.join(60)
-    train(folder.name, "--steps", 4, "--save_every", 2, "--resume", script=script)
-    assert log_of(folder) == log_of(whole) and same_weights(folder, whole)
-    assert (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    run = workplace.run(script, *SMALL, "--data", data, "--out_dir", folder.name, "--eval_only")
-    assert run.code == 0 and f"eval step 4 | return {log_of(whole)[-1]['eval/return']:.4g} | reward " in run.out
-    run = workplace.run("model.py", folder.name, "--string", "li")
-    assert run.code == 0 and "score" in run.out.splitlines()[-1], run.err[-2000:]
+def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of, tmp_path, capsys):
+    folder = copy_of()
+    good, state = (folder / "train_state.pt").read_bytes(), state_of(folder)
+    trap = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "sprung"),))})()
+    for spoiled, message in [
+            (good[:5000], "train_state.pt cannot be read"), (b"", "train_state.pt cannot be read"),
+            (trap, "train_state.pt cannot be read"), ([1], "it has no 'a"),
+            *(({key: value for key, value in state.items() if key != gone}, f"it has no '{gone}'") for gone in (
+                "rng", "critic", "actor_optimizer", "adapters", "lines")),
+            (state | {"adapters": {}}, "the saved state lacks the adapters of this model")]:
+        if isinstance(spoiled, bytes):
+            (folder / "train_state.pt").write_bytes(spoiled)
+        else:
+            torch.save(spoiled, folder / "train_state.pt")
+        for flag in ("--resume", "--eval_only"):
+            kept = bytes_of(folder)
+            inside("train_cc.py", "--steps", 4, "--out_dir", folder, flag, code=2)
+            err = capsys.readouterr().err
+            assert message in err and err.count("\n") == 1, err
+            assert bytes_of(folder) == kept or flag == "--resume"
+    assert not (tmp_path / "sprung").exists()
 
 
-def test_a_finished_run_can_be_resumed_without_harm(train, four_steps, workplace):
-    folder = workplace.folder / "finished"
-    shutil.copytree(four_steps, folder)
-    train("finished", "--steps", 4, "--resume")
-    assert same_weights(folder, four_steps) and log_of(folder) == log_of(four_steps)
-    assert (folder / "samples.txt").read_text() == (four_steps / "samples.txt").read_text()
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+def test_eval_only_writes_nothing_and_sees_the_trained_team(inside, whole, place, capsys):
+    folder = whole("train_cc.py")
+    before, last = bytes_of(folder), log_of(folder)[-1]
+    inside("train_cc.py", "--out_dir", folder.name, "--eval_only")
+    out = capsys.readouterr().out
+    assert "eval " + log_text(last, ["step", *(key for key in last if key.startswith("eval/"))]) in out
+    assert (folder / "samples.txt").read_text().split("=== step 4, ")[1].split("\n", 1)[1].strip() in out  # the agents' words
+    inside("train_cc.py", "--out_dir", folder.name, "--eval_only", "--num_turns", 1)
+    out = capsys.readouterr().out
+    assert " | turns 1 | " in out and "trained with other settings: num_turns 2 -> 1." in out
+    inside("train_cc.py", "--out_dir", "nothing", "--eval_only")
+    assert "There is no run in nothing: this evaluates the untrained team." in capsys.readouterr().out
+    assert bytes_of(folder) == before and not (place.folder / "nothing").exists()
 
 
-def test_a_run_killed_in_its_last_save_gets_its_agents(train, four_steps, workplace):
-    """The state is written before the adapters; a run without a step left must still write these."""
-    folder = workplace.folder / "last-save"
-    shutil.copytree(four_steps, folder)
-    shutil.rmtree(folder / "agent_1")
-    train("last-save", "--steps", 4, "--resume")
-    assert same_weights(folder, four_steps)
-
-
-def test_a_run_killed_in_its_first_write_can_be_started_again(train, workplace):
-    (workplace.folder / "first-write").mkdir()
-    (workplace.folder / "first-write" / "config.json.part").write_text('{"mod')
-    train("first-write", "--steps", 0)
-
-
-def test_a_tiny_base_that_was_never_finished_trips_nobody(workplace, tmp_path):
-    """What a killed build leaves is neither used nor in the way."""
-    (tmp_path / "out" / ".tiny-left" / "model").mkdir(parents=True)
-    (tmp_path / "out" / ".tiny-left" / "model" / "config.json").write_text('{"model_')
-    run = workplace.start("train_cc.py", *SMALL, folder=tmp_path)
-    wait_for(run, run.err, "building")  # a minute or two: it is killed long before
-    assert not (tmp_path / "out" / "tiny-strbuild").exists()
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.process.join(60)
-    assert not (tmp_path / "out" / "tiny-strbuild").exists() and not (tmp_path / "out" / "cc-strbuild").exists()
-    shutil.copytree(workplace.tiny, tmp_path / "out" / "tiny-strbuild")
-    assert workplace.run("train_cc.py", *SMALL, "--steps", 0, folder=tmp_path).code == 0
-
-
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-def test_eval_only_writes_nothing_and_sees_the_trained_team(workplace, data, four_steps):
-    before = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
-    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only")
-    assert run.code == 0, run.err[-2000:]
-    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
-    last = log_of(four_steps)[-1]
-    assert "eval " + log_text(last, ["step", *(key for key in last if key.startswith("eval/"))]) in run.out
-    assert f" | score {last['eval/score']:.4g} | " in run.out and f" | coverage {last['eval/coverage']:.4g} | " in run.out
-    assert "other settings" not in run.out and "untrained" not in run.out
-    played = (four_steps / "samples.txt").read_text().rsplit("=== step 4, ", 1)[1]
-    assert played.split("\n", 1)[1].strip() in run.out  # the trained agents' words
-    raw = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "nothing", "--eval_only")
-    first = log_of(four_steps)[0]
-    assert f"eval step 0 | return {first['eval/return']:.4g} | reward {first['eval/reward']:.4g}" in raw.out
-    assert "There is no run in nothing: this evaluates the untrained team." in raw.out
-    assert not (workplace.folder / "nothing").exists()
-
-
-@pytest.mark.parametrize("script, flag", [("train_dc.py", "--resume"), ("train_mc.py", "--resume"), ("train_dc.py", "--eval_only")])
-def test_a_run_of_another_algorithm_is_left_alone(workplace, data, four_steps, script, flag):
-    before = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
-    run = workplace.run(script, *SMALL, "--data", data, "--out_dir", "four", "--steps", 4, flag)
-    assert run.code == 2 and "'cc' -> " in run.err and run.err.count("\n") == 1
-    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == before
-
-
-def test_eval_only_with_fewer_turns(workplace, data, four_steps):
-    """To see how good a trained team's first answers are."""
-    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "four", "--eval_only", "--num_turns", 1)
-    assert run.code == 0, run.err[-2000:]
-    assert " | turns 1 | " in run.out and "trained with other settings: num_turns 2 -> 1." in run.out
-
-
-@pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_cc.py", "--critic_lr"), ("train_mc.py", "--lr")])
-def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(train, script, flag):
-    out = train("nan" + script + flag, flag, 1e9, "--steps", 3, "--save_every", 1, "--passes", 1, "--minibatches", 1,
-                script=script, code=2)
-    state = torch.load(out / "train_state.pt", weights_only=False)
-    assert state["progress"]["step"] == 1 and all(weights.isfinite().all() for weights in state["adapters"].values())
-
-
-def test_resume_wants_the_same_items(train, workplace):
-    path = workplace.folder / "changing.jsonl"
-    path.write_text('{"string": "I"}\n{"string": "IC", "split": "eval"}\n')
-    train("changing", "--data", path, "--steps", 1)
-    path.write_text('{"string": "L"}\n{"string": "IC", "split": "eval"}\n')
-    run = workplace.run("train_cc.py", *SMALL, "--data", path, "--out_dir", "changing", "--steps", 2, "--resume")
-    assert run.code == 2 and "made with other settings: items" in run.err and run.err.count("\n") == 1
-
-
-def test_a_character_that_a_kill_cut_is_no_obstacle(tmp_path):
-    (tmp_path / "samples.txt").write_bytes("=== step 0, a\n=== step 1, é".encode()[:-1])
-    truncate_logs(tmp_path, 1, False)
-    assert (tmp_path / "samples.txt").read_text() == "=== step 0, a\n=== step 1, \ufffd"
-
-
-def test_a_run_that_began_meanwhile_is_left_alone(tmp_path):
-    args = Namespace(out_dir=str(tmp_path), resume=False, overwrite=False, eval_only=False)
-    check_run_folder(args)
-    (tmp_path / "config.json").write_text('{"out_dir": "here"}')  # while this one builds its base
-    with pytest.raises(ValueError, match="holds another run"):
-        open_run_folder(args)
+def test_overwriting_takes_only_what_a_run_wrote(inside, copy_of, whole):
+    folder = copy_of()
+    (folder / "agent_notes.txt").write_text("mine")
+    (folder / "train_state.pt.part").write_text("half")
+    shutil.copytree(folder / "agent_0", folder / "other")
+    inside("train_cc.py", "--steps", 0, "--overwrite", "--seed", 1, "--out_dir", folder)
+    assert {*os.listdir(folder)} == {*os.listdir(whole("train_cc.py")), "agent_notes.txt", "other"}
+    assert len(log_of(folder)) == 1
+    assert not any(x.any() for key, x in weights_of(folder).items() if "lora_B" in key and "agent_" in key)
 
 
 def test_what_may_differ_between_a_run_and_its_continuation(tmp_path):
-    saved = dict.fromkeys(["algorithm", "task", "world", "model", "num_agents", "lora_rank", "seed", "lr", "group_size", "lam", "steps",
-                           "micro_batch"], 1) | {"out_dir": str(tmp_path), "overwrite": False}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    keys = ["algorithm", "task", "world", "model", "num_agents", "lora_rank", "seed", "lr", "lam", "items", "steps", "micro_batch"]
+    same = dict.fromkeys(keys, 1) | dict(batch_size=2, group_size=1, ranks=1, wandb=False, out_dir=str(tmp_path), overwrite=False)
+    (tmp_path / "config.json").write_text(json.dumps(same))
     refused = {"resume": [], "eval_only": []}
     for flag in refused:
-        for key in saved.keys() - {"out_dir", "overwrite"}:
+        for key in keys:
             try:
-                check_run_folder(Namespace(**saved | {"resume": False, "eval_only": False, flag: True, key: 2}))
-            except ValueError as error:
-                assert f"{key} 1 -> 2" in str(error)
+                Run(Namespace(**same | {"resume": False, "eval_only": False, flag: True, key: 2}), 0)
+            except InputError as error:
+                assert f"was made with other settings: {key} 1 -> 2." in str(error)
                 refused[flag].append(key)
-    assert set(refused["eval_only"]) == {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}
-    assert set(refused["resume"]) == set(refused["eval_only"]) | {"seed", "lr", "group_size", "lam"}
+    assert refused["eval_only"] == keys[:6] and refused["resume"] == keys[:10]
+    run = Run(Namespace(**same | dict(resume=False, eval_only=False, out_dir=str(tmp_path / "new"))), 0)
+    shutil.copytree(tmp_path, tmp_path / "new")  # another run starts while this one builds its base
+    with pytest.raises(InputError, match="holds another run"):
+        run.open()
 
 
-@pytest.mark.parametrize("name, value", [("lam", 1.01), ("gamma", -0.01), ("top_p", 1.01), ("top_p", 0), ("temperature", 1001), ("seed", -1)])
-def test_numbers_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be at least"):
-        check_ranges(Namespace(batch_size=4, group_size=2, **{name: value}))
+@pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_dc.py", "--critic_lr"), ("train_mc.py", "--lr")])
+def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(script, flag, inside, tmp_path, capsys):
+    inside(script, flag, 1e9, "--steps", 3, "--save_every", 1, "--passes", 1, "--minibatches", 1, "--out_dir", tmp_path, code=2)
+    assert "error: a gradient is NaN or infinite; lower learning rates may help.\n" in capsys.readouterr().err
+    state = state_of(tmp_path)
+    assert state["progress"]["step"] == 1 and all(weights.isfinite().all() for weights in state["adapters"].values())
 
 
-def test_errors_of_wandb_are_one_sentence_and_bugs_are_not(capsys):
-    """As wandb.init raises them when nobody is logged in."""
-    not_logged_in = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
-    with pytest.raises(SystemExit) as end, exit_on_error(ArgumentParser()):
-        raise not_logged_in("No API key configured.")
-    assert end.value.code == 2 and capsys.readouterr().err == "error: No API key configured.\n"
-    for bug in (KeyError("agent"), ValueError("invalid literal")):  # such as those of a new task's code
-        with pytest.raises(type(bug)), exit_on_error(ArgumentParser()):
-            raise bug
-
-
-def test_log_text():
-    assert log_text({"train/score": 43.7, "x": [1, 0.5]}, ["train/score", "x"]) == "score 43.7 | x [1 0.5]"
-    assert log_text({"step": 12345, "return": -1.23456}, ["step", "return"]) == "step 12345 | return -1.235"
-
-
-def test_overwrite_starts_afresh(train, four_steps, workplace):
-    folder = workplace.folder / "over"
-    shutil.copytree(four_steps, folder)
-    train("over", "--steps", 1, "--overwrite", "--seed", 1)
-    assert [line["step"] for line in log_of(folder)] == [0, 1, 1]
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--num_agents", 1], ["--num_turns", 1], ["--lam", 1, "--gamma", 1], ["--batch_size", 1, "--num_turns", 1],
-    ["--feedback", "perfect", "--temperature", 0.7, "--top_p", 0.9], ["--critic_tokens", 8, "--minibatches", 3]],
-    ids=lambda arguments: " ".join(map(str, arguments)))
-def test_a_step_with_other_settings(train, arguments):
-    folder = train("other-" + "".join(map(str, arguments)).replace("-", ""), "--steps", 1, *arguments)
-    line = train_lines(folder)[0]
-    assert line["step"] == 1 and all(value == value for value in line.values())
-    assert (line["critic/truncated"] > 0) == ("--critic_tokens" in arguments)
-
-
-@pytest.mark.parametrize("arguments, fragments", [
-    (["--task", "chess"], ["chess", "strbuild"]),
-    (["--model", "empty"], ["empty", "model"]),
-    (["--model", "no/such-model"], ["no/such-model"]),
-    (["--data", "broken.jsonl"], ["broken.jsonl", "line 2"]),
-    (["--data", "shapeless.jsonl"], ["shapeless.jsonl", "line 1", "'?'"]),
-    (["--data", "missing.jsonl"], ["missing.jsonl"]),
-    (["--num_turns", 0], ["num_turns"]),
-    (["--num_agents", 0], ["num_agents"]),
-    (["--batch_size", 0], ["batch_size"]),
-    (["--max_new_tokens", -1], ["max_new_tokens"]),
-    (["--temperature", 0], ["temperature"]),
-    (["--gamma", 1.5], ["gamma"]),
-    (["--lam", -0.1], ["lam"]),
-    (["--lr", "nan"], ["lr"]),
-    (["--seed", 10 ** 20], ["seed"]),
-    (["--model", "tiny,"], ["tiny,"]),
-    (["--steps", -1], ["steps"]),
-    (["--reward", "late"], ["late", "sparse"]),
-    (["--world", "flat"], ["flat", "persistent"]),
-    (["--device", "cuda"], ["cuda"]),
-    (["--device", "abacus"], ["abacus"]),
-    (["--device", "cuda:x"], ["cuda:x"]),
-    (["--out_dir", "four"], ["four", "--resume", "--overwrite"]),
-    (["--out_dir", "four", "--resume", "--lr", 0.5, "--batch_size", 3], ["lr", "0.5", "batch_size"]),
-    (["--out_dir", "never", "--resume"], ["never"]),
-    (["--out_dir", "full"], ["full"]),
-    (["--out_dir", "a-model", "--overwrite"], ["a-model"]),  # a config.json alone does not make it a run
-    (["--out_dir", "a-copy", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
-    (["--out_dir", "a-copy", "--resume", "--eval_only"], ["--resume", "--eval_only"]),
-    (["--out_dir", "stateless", "--resume", "--steps", 4], ["stateless", "no train_state.pt"]),
-    (["--out_dir", "stateless", "--eval_only"], ["stateless", "no train_state.pt"]),
-    (["--out_dir", "truncated", "--resume", "--steps", 4], ["train_state.pt", "cannot be read"]),
-    (["--out_dir", "five", "--eval_only"], ["five", "holds no run"]),
-    (["--out_dir", "full/thesis.txt/run"], ["thesis.txt"]),
-    (["--num_turns", 10 ** 9], ["num_turns", "1000"]),
-    (["--lora_rank", 10 ** 9], ["lora_rank"]),
-    (["--threads", 10 ** 6], ["threads"]),
-    pytest.param(["--wandb"], ["pip install wandb"], marks=pytest.mark.skipif(find_spec("wandb"), reason="it is there")),
-], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
-def test_bad_input_is_one_sentence_and_nothing_is_built(workplace, data, four_steps, arguments, fragments):
-    files = workplace.folder
-    (files / "empty").mkdir(exist_ok=True)
-    (files / "full").mkdir(exist_ok=True)
-    (files / "full" / "thesis.txt").write_text("mine")
-    shutil.copytree(workplace.tiny, files / "a-model", dirs_exist_ok=True)
-    for name in ("a-copy", "stateless", "truncated"):
-        shutil.copytree(four_steps, files / name, dirs_exist_ok=True)
-    os.remove(files / "stateless" / "train_state.pt")
-    (files / "truncated" / "train_state.pt").write_bytes((four_steps / "train_state.pt").read_bytes()[:5000])
-    (files / "five").mkdir(exist_ok=True)
-    (files / "five" / "config.json").write_text("5")
-    (files / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
-    (files / "shapeless.jsonl").write_text('{"string": "D?G"}\n')
-    kept = {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()}
-    new = "new" + "".join(map(str, arguments)).replace("/", "-")
-    out_dir = [] if "--out_dir" in arguments else ["--out_dir", new]
-    run = workplace.run("train_cc.py", *SMALL, "--data", data, "--steps", 0, *out_dir, *arguments)
-    assert run.code == 2, run.err[-2000:]
-    assert run.err.count("\n") == 1, run.err
-    assert [word for word in fragments if word not in run.err] == []
-    assert not (files / new).exists() and not (files / "never").exists() and os.listdir(files / "full") == ["thesis.txt"]
-    assert os.path.exists(files / "a-model" / "model.safetensors")
-    assert all(same_weights(files / name, four_steps) for name in ("a-copy", "stateless", "truncated"))
-    assert {path: path.read_bytes() for path in four_steps.rglob("*") if path.is_file()} == kept
-
-
-@pytest.mark.parametrize("arguments, fragments", [
-    (["--group_size", 3], ["group_size 3", "batch_size 4"]),
-    (["--group_size", 1], ["group", "at least 2"]),
-    (["--group_size", 1, "--baseline", "loo"], ["loo", "at least 2"]),
-    (["--group_size", 0], ["group_size"]),
-    (["--tree"], ["--tree", "= 16 episodes", "batch_size 4"]),
-    (["--baseline", "mean"], ["mean", "loo"]),
-], ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "")
-def test_groups_that_make_no_sense(workplace, data, arguments, fragments):
-    run = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
-    assert run.code == 2 and run.err.count("\n") == 1 and not (workplace.folder / "no-group").exists()
-    assert [word for word in fragments if word not in run.err] == []
-    if "--group_size" in arguments and arguments[1] != 1:
-        run = workplace.run("train_cc.py", *SMALL, "--data", data, "--out_dir", "no-group", *arguments)
-        assert run.code == 2 and [word for word in fragments if word not in run.err] == []
-    single = workplace.run("train_mc.py", *SMALL, "--data", data, "--out_dir", "no-group", "--eval_only", "--group_size", 1,
-                           "--baseline", "none", "--num_agents", 1)
-    assert single.code == 0 and "eval step 0" in single.out, single.err[-2000:]
+@pytest.mark.parametrize("case", [
+    *(f"{script} --batch_size 1 --group_size 1 --gamma 1 | batch_size must be at least 2" for script in SCRIPTS),
+    "train_mc.py --group_size 1 | --baseline group compares episodes of a group",
+    "train_mc.py --group_size 1 --baseline loo | --baseline loo compares episodes of a group",
+    "train_mc.py --group_size 3 | group_size 3 does not divide batch_size 4",
+    "train_cc.py --task chess | There is no task 'chess'",
+    "train_cc.py --data broken.jsonl | broken.jsonl, line 2",
+    "train_cc.py --lam 1.5 | at least 0 and at most 1",
+    "train_cc.py --device cuda:9 | must be cpu or an available cuda device, not cuda:9",
+    "train_cc.py --resume | no run to resume in unborn",
+    "train_cc.py --resume --overwrite | exclude each other",
+    "train_cc.py --out_dir full --overwrite | full is not empty",
+    "train_cc.py --out_dir whole-train_cc.py | holds another run; use --resume, --overwrite",
+    "train_dc.py --out_dir whole-train_cc.py --resume | algorithm 'cc' -> 'dc'",
+    "train_cc.py --out_dir whole-train_cc.py --resume --lr 0.5 | -> 0.5.",
+    "train_cc.py --wandb | pip install wandb"])
+def test_a_users_error_is_one_sentence_and_nothing_is_made(case, inside, place, whole, monkeypatch, capsys):
+    (script, *arguments), message = case.split(" | ")[0].split(), case.split(" | ")[1]
+    (place.folder / "full").mkdir(exist_ok=True)
+    (place.folder / "full" / "thesis.txt").write_text("mine")
+    (place.folder / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    kept = bytes_of(whole("train_cc.py"))
+    inside(script, "--out_dir", "unborn", *arguments, code=2)
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1] and "error: " in err[-1] and [line[:7] for line in err[:-1]] in ([], ["usage: "]), err
+    assert not (place.folder / "unborn").exists() and os.listdir(place.folder / "full") == ["thesis.txt"]
+    assert bytes_of(whole("train_cc.py")) == kept
 
 
 # --- the trained team at work -----------------------------------------------------------------------------------------
 
-def test_play(workplace, four_steps):
-    run = workplace.run("model.py", "four", "--string", "li", "--seed", 2 ** 63 - 1)
-    assert run.code == 0, run.err[-2000:]
-    assert "LI" in run.out and "turn 1 | agent 1" in run.out and "score" in run.out.splitlines()[-1]
-
-
-def test_play_is_each_agent_with_its_own_adapter_history_and_generator(workplace, four_steps):
-    folder = workplace.folder / "apart"
-    shutil.copytree(four_steps, folder)
+def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, copy_of, monkeypatch, capsys):
+    """One process per agent, in a folder without a critic; then agent 1 in a folder without agent 0."""
+    folder, episode = copy_of(), Episode({"string": "LI"})
     config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "top_p": 0.9}
     (folder / "config.json").write_text(json.dumps(config))
-    lms = [LanguageModel(workplace.tiny, rank=4) for _ in range(2)]
+    lms = [LanguageModel(place.tiny, rank=4) for _ in range(2)]
     for i, lm in enumerate(lms):
         torch.manual_seed(i)
         for p in lm.add_adapter(f"agent_{i}"):
             torch.nn.init.normal_(p, std=0.1)
         lm.save_adapter(f"agent_{i}", str(folder))
-    run = workplace.run("model.py", "apart", "--string", "LI", "--seed", 5)
-    assert run.code == 0, run.err[-2000:]
-    task, episode, generators = get_task("strbuild", num_turns=2), Episode({"string": "LI"}), [
-        torch.Generator().manual_seed(5000 + i) for i in range(2)]
+    for name in {*os.listdir(folder)} - {"config.json", "agent_0", "agent_1"}:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else os.remove(folder / name)
+    task, generators = get_task("strbuild", num_turns=2), [torch.Generator().manual_seed(5000 + i) for i in range(2)]
+    heard = [[], []]
     for t in range(2):
         responses = []
         for i, lm in enumerate(lms):
-            tokens, _ = lm.generate([f"agent_{i}"], [lm.render(history(task, episode, i))],
-                                    torch.rand(1, 24, generator=generators[i]), 0.7, 0.9)
-            responses += lm.decode(tokens)
+            messages = history(task, episode, i)
+            uniforms = torch.rand(1, 24, generator=generators[i])
+            responses += lm.generate(f"agent_{i}", [lm.render(messages)], uniforms, 0.7, 0.9)[2]
+            heard[i].append(json.dumps(messages) + "\n")
         episode.turns.append(Turn(None, None, None, responses, task.judge(episode.item, responses, t)))
-    assert dialogue(task, episode, False) in run.out
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["model.py", str(folder), "--device", "cpu", "--seed", "5", *arguments])
+        model.main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(place.folder)
+    out = main("--string", "li")
+    assert dialogue(task, episode, False) in out and "'LI'}: score" in out.splitlines()[-1]
+    shutil.rmtree(folder / "agent_0")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(heard[1])))
+    assert [json.loads(line) for line in main("--agent", "1").splitlines()] == [turn.responses[1] for turn in episode.turns]
 
 
-def test_play_with_nothing_to_play(workplace, four_steps):
-    shutil.copytree(four_steps, workplace.folder / "alien")
-    (workplace.folder / "alien" / "config.json").write_text("{}")
-    for arguments, message in [(["nowhere"], "nowhere"), (["four", "--string", "D?G"], "'?'"),
-                            ([workplace.tiny], "tiny-strbuild"), (["four", "--device", "cuda:99"], "cuda:99"),
-                            (["alien"], "something else")]:
-        run = workplace.run("model.py", *arguments)
-        assert run.code == 2 and run.err.count("\n") == 1 and message in run.err, run.err
+def test_merged_agents_are_plain_models(place, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr(sys, "argv", ["model.py", "whole-train_mc.py", "--device", "cpu", "--merge", str(tmp_path / "team")])
+    folder = whole("train_mc.py")
+    model.main()
+    assert sorted(os.listdir(tmp_path / "team")) == ["agent_0", "agent_1"]
+    for i in range(2):
+        lm, merged = LanguageModel(place.tiny), str(tmp_path / "team" / f"agent_{i}")
+        lm.add_adapter("agent", str(folder / f"agent_{i}"))
+        prompts = [lm.render([{"role": "user", "content": text}]) for text in ("Build 1:I with stone.", "C")]
+        tokens = lm.generate("agent", prompts, torch.rand(2, 12))[0]
+        logp = plain_logits(AutoModelForCausalLM.from_pretrained(merged), prompts, tokens).log_softmax(-1)
+        assert torch.allclose(logp.gather(1, flat(tokens)[:, None])[:, 0], lm.logprobs("agent", prompts, tokens)[0], atol=1e-3)
+        assert AutoTokenizer.from_pretrained(merged).chat_template == lm.tokenizer.chat_template
+    with pytest.raises(SystemExit) as end:
+        model.main()
+    assert end.value.code == 2 and "team already exists; choose another folder." in capsys.readouterr().err
 
 
-def test_play_builds_no_base(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="out/tiny-strbuild is not here"):
-        model_folders("tiny", get_task("strbuild"), build=False)
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads a process's children from /proc")
-def test_ctrl_c_ends_play_and_its_agents_without_a_word(workplace, four_steps):
-    play = subprocess.Popen([sys.executable, str(ROOT / "model.py"), "four"], cwd=workplace.folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while play.poll() is None and len(Path(f"/proc/{play.pid}/task/{play.pid}/children").read_text().split()) < 2:
-        time.sleep(0.1)
-    time.sleep(1)  # until both have been started; they are loading their libraries
-    os.killpg(play.pid, signal.SIGINT)
-    assert play.communicate(timeout=60) == ("", "")  # its agents have closed their ends, too
-    assert play.returncode == -signal.SIGINT
-
-
-def test_play_ends_when_an_agent_cannot_start(workplace, four_steps):
-    shutil.copytree(four_steps, workplace.folder / "maimed")
-    shutil.rmtree(workplace.folder / "maimed" / "agent_1")
-    run = workplace.run("model.py", "maimed", timeout=50)
-    assert run.code == 2 and run.err.startswith("error: maimed/agent_1 cannot be used: ") and run.err.count("\n") == 1
+def test_playing_what_cannot_be_played(place, whole, copy_of, monkeypatch, capsys):
+    monkeypatch.chdir(place.folder)
+    folder = copy_of()
+    shutil.rmtree(folder / "agent_1")
+    for arguments, message in [(["nowhere"], "nowhere is not a run folder"), ([place.tiny], "is not a run folder"),
+                               ([whole("train_cc.py"), "--string", "D?G"], "'?'"), ([folder, "--device", "cuda:99"], "cuda:99"),
+                               ([folder, "--agent", 1], f"{folder}/agent_1 is no adapter of out/tiny-strbuild")]:
+        monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            model.main()
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and message in err and err.count("\n") == 1, err
