@@ -1183,7 +1183,7 @@ def read_jsonl(path, check):
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else None
-            if line.strip() and (not isinstance(record, dict) or record.get("split", "train") not in items):
+            if line.strip() and (not isinstance(record, dict) or record.get("split", "train") not in [*items]):
                 raise InputError('a line must be one whole JSON object whose "split", if any, is "train" or "eval"')
             if record:
                 items[record.get("split", "train")].append(check(record))

@@ -27,7 +27,6 @@ def test_a_held_out_item_is_in_no_training_item_and_no_demonstration(name):
     shown = {task.observation(item, 0).rsplit("\n", 1)[0] for item in task.eval_items}
     seen = {task.demonstration(rng)[0]["content"].rsplit("\n", 1)[0] for _ in range(150)}
     assert len(seen) > 100 and not seen & shown
-    assert task.train_items == get_task(name, num_agents=1).train_items  # the same for every team
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -44,12 +43,11 @@ def test_a_sloppy_team_is_worth_something_but_not_much(name, num_agents):
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))
 def test_runs_with_other_options_share_a_base(name):
-    """Their demonstrations are the same, because the first of these runs builds the base for all."""
-    def demonstrations(task):
-        return [task.demonstration(random.Random(seed)) for seed in range(12)]
+    """Their items and demonstrations are the same, because the first of these runs builds the base for all."""
     team, alone = get_task(name), get_task(name, num_agents=1, num_turns=3, reward="sparse")
     for task in [alone, *[get_task(name, feedback=feedback) for feedback in team.feedback_modes[1:]]]:
-        assert demonstrations(task) == demonstrations(team)
+        assert (task.train_items, task.eval_items) == (team.train_items, team.eval_items)
+        assert all(task.demonstration(random.Random(seed)) == team.demonstration(random.Random(seed)) for seed in range(12))
 
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))
@@ -57,7 +55,7 @@ def test_no_answer_breaks_the_judge(name):
     rng, k, n = random.Random(0), 100_000, 20
     nasty = ["", "\0", "a" * k, "a b " * k, "(" * k, "=====" * k, "\ud800", "```" * 9, "/\n" * k, "1" * k + ".", "- " * k, " " * k + "x",
              "fill 0 0 0 9999999 9999999 9999999 stone\n" * 50, "setblock " + "9" * 10_000 + " 0 0 stone", "```" + "a" * k + "```",
-             f"setblock {'1' * 4299} 0 0 stone", "def aux(x):\n" + " return " + "-" * 50_000 + "x", "kill\n" * 30_000, "\n" * k,
+             f"setblock {'1' * 4299} 0 0 stone", "def aux(x):\n" + " return " + "-" * 19_000 + "x", "kill\n" * 30_000, "\n" * k,
              "".join(chr(rng.randrange(0x110000)) for _ in range(k))]
     answers = [list(pair) for pair in zip(nasty, nasty[1:] + [""])]
     for outcome in get_task(name).judge_all(get_task(name).train_items[:1] * n, answers, 0, [None] * n):
@@ -97,7 +95,10 @@ def test_the_boxes_of_a_house_are_the_house_and_two_builders_can_build_it():
     assert boxes({"layers": {y: ["PPP"] * 3 for y in range(3)}} | more)[0] == ("0 0 0", "2 0 2", "planks")
     assert "Spiders 1 1 2." in task.observation(item | {"spider_attacks": [1, 1, 2]}, 0)
     assert len({str(i["spider_attacks"]) for i in task.train_items}) == 27
-    assert list(task.check(HOUSE)["layers"]) == [5, 6]  # an own house may stand anywhere
+    assert list(task.check(HOUSE)["layers"]) == [5, 6]  # an own house may stand anywhere, and be of any blocks
+    own = task.check({"layers": {"0": ["GG"]}, "inventory": {"G": "minecraft:gold_block"}})
+    assert "You have 1 gold_block. The house:\n 1: 0 0 0 0 0 0 gold_block\n" in task.observation(own, 0)
+    assert task.judge(own, ["fill 0 0 0 0 0 0 gold_block", "fill 1 0 0 1 0 0 gold_block"], 0).score == 100
 
 
 @pytest.mark.parametrize("feedback, first, second, told", [
@@ -118,10 +119,7 @@ def words(count, distinct=None, length=0, start=0):
 
 
 STOP = "the and of to in on at by", "the and of to in on at by if or from with under down up out"  # only stopwords
-
-
-TLDR = [
-    (words(7), words(20), 0), (words(8), words(257), 0), ("", "", 0),   # too few words, too many
+TLDR = [(words(7), words(20), 0), (words(8), words(257), 0), ("", "", 0),   # too few words, too many
     (words(8), words(8), 0.5), (words(8), words(45), 0.5),              # ratio 1 < 1.1; 179 / 31 > 5
     (" ".join(["red"] * 8), " ".join(["blue"] * 20), 1.5),              # 31 and 99 characters; 1 distinct word each
     ("- " * 8, "word " * 6 + "- " * 2, 1.5),                            # no word in the first
@@ -135,8 +133,7 @@ TLDR = [
     *[(words(10), f"{words(21)} {phrase}", 2.6 + 0.4 * (0.35 + 0.05 * categories)) for phrase, categories in [
         ("however", 2), ("although", 2), ("furthermore", 1), ("in addition", 1), ("therefore", 1), ("for example", 1),
         ("in summary", 2), ("meanwhile", 4), ("on the other hand", 1), ("as a result", 2)]]]
-ARXIV = [
-    (words(128), words(180, start=200), 0.5 + 1 + 0.5 * (1.7 - 180 / 128) / 0.4),  # 511 and 719 characters
+ARXIV = [(words(128), words(180, start=200), 0.5 + 1 + 0.5 * (1.7 - 180 / 128) / 0.4),  # 511 and 719 characters
     (words(128), words(128), 0.5 + (1 - 0.8) / 0.5 + 0.5 + 0.6),
     (words(128) + " furthermore", words(180), 0.5 + 1 + 0.5 * (1.7 - 180 / 129) / 0.4 + 0.4 * 0.4 + 0.6),  # the first counts as well
     (words(200, 100, 1000), words(200, 100, 1500, 80), 2.0 + 0.6 * 20 / 180 / 0.23)]  # 20 of 180 are shared
@@ -199,7 +196,7 @@ NO_TESTS = ["x = 1", "def check(candidate):\n    assert True", "def check(candid
     *[("housebuild", HOUSE | {"layers": layers}, "layer|'B'|4096") for layers in (  # not equally long, not consecutive, no rows, ...
         {"0": ["AA", "A"]}, {"0": ["A"], "1": ["AA"]}, {"0": ["A"], "2": ["A"]}, {"0": [["A"]]}, {"0": 5}, {"0": [], "1": ["A"]},
         {"0": [".."]}, {"0": ["A"], "00": ["A"]}, {"low": ["A"]}, {"0": ["A" * 4097]}, {"0": ["AB"]})],
-    ("housebuild", HOUSE | {"inventory": {"A": 5}}, "inventory"),
+    *[("housebuild", HOUSE | {"inventory": {"A": block}}, "inventory") for block in (5, "gold block", "")],
     *[("housebuild", HOUSE | {"spider_attacks": [attack]}, "spider_attacks") for attack in (10 ** 400, -1, True)],
     ("coophe", {"prompt": "def f(x):", "entry_point": "f(", "test": "assert candidate(1)"}, "name of a function"),
     *[("coophe", {"prompt": "def f(x):", "entry_point": "f", "test": test}, "assert") for test in NO_TESTS],
@@ -219,8 +216,7 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch, capsys):
     def problems(*numbers):
         return [{"prompt": f"def f{n}(x):", "entry_point": f"f{n}", "test": "def check(candidate):\n    assert candidate(1)"}
                 for n in range(*numbers)]
-    for folder, split, rows in [
-            ("trl-lib/tldr", "train", [{"prompt": text, "other": 5} for text in ["0", "1", " ", "4", "x"]]),
+    for folder, split, rows in [("trl-lib/tldr", "train", [{"prompt": text, "other": 5} for text in ["0", "1", " ", "4", "x"]]),
             ("trl-lib/tldr", "test", [{"prompt": str(n), "other": 5} for n in range(400)]),
             ("OpenMLRL/CoopHumanEval", "test", problems(82)), ("openai/openai_humaneval", "test", problems(70, 234))]:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ AUX = "def aux(n):\n    return n * n"
 MAIN = "def f(n: int) -> List[int]:\n    return [aux(i) + 1 for i in range(n)]"
 ONE = "def f(n):\n    {}\n    return [i * i + 1 for i in range(n)]"  # needs no aux, and runs a statement first
 WHOLE = "def aux(n):\n    return [i * i + 1 for i in range(n)]"  # an aux that does main's work
+LONG = "x = 1\n" * 4000  # it is not read, since to parse millions of characters takes minutes
 
 
 def passed(*firsts):
@@ -26,26 +27,16 @@ def passed(*firsts):
     return [result["passed"] for result in coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in firsts])]
 
 
-def test_the_worked_examples():
-    assert coophe_reward(ITEM, AUX, MAIN) == {"reward": pytest.approx(0.4 + 0.6 + 0.5 + 4 / 4 + 0.5 + 1.0, abs=1e-9),
-                                              "passed": 4, "total": 4, "level": "passed"}
-    item = {"prompt": "def f(n):\n", "entry_point": "f",  # of the docstring
-            "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
-    result = coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
-    assert (result["reward"], result["passed"]) == (pytest.approx(3.5, abs=1e-9), 1)
-
-
 NO_MAIN, NO_AUX, UNUSED = "main has no function with a return", "aux has no function with a return", "main does not use aux"
 RULES = [
-    ("I do not know.", "Nor do I.", 0.0, 0, NO_MAIN), (AUX, "def f(n):\n    print(aux(n))", 0.4, 0, NO_MAIN),
-    (AUX, "def f(n):\n    return aux(n", 1.0, 0, "syntax error"),
-    ("def aux(n):\n    return n *", MAIN, 1.0, 0, "syntax error"),
-    ("def aux(n):\n    n *", MAIN, 0.6, 0, "syntax error"),
+    (AUX, MAIN, 0.4 + 0.6 + 0.5 + 4 / 4 + 0.5 + 1.0, 4, "passed"), ("I do not know.", "Nor do I.", 0.0, 0, NO_MAIN),
+    (AUX, "def f(n):\n    print(aux(n))", 0.4, 0, NO_MAIN), ("def aux(n):\n    n *", MAIN, 0.6, 0, "syntax error"),
+    (AUX, "def f(n):\n    return aux(n", 1.0, 0, "syntax error"), ("def aux(n):\n    return n *", MAIN, 1.0, 0, "syntax error"),
     (AUX, "def f(n):\n    return aux(n) + 1", 1.5, 0, "failed: assert candidate(0) == []"),
     (AUX, "def f(n):\n    return [aux(i) + 1 for i in range(min(n, 2))]", 3.75, 3, "failed: assert candidate(3) == [1, 2, 5]"),
     (AUX, f"@undefined\n{MAIN}", 1.5, 0, "failed: assert candidate(0)"),  # a module that does not load passes nothing
     (AUX, ONE.format("pass"), 2.5, 4, UNUSED), (AUX, ONE.format("if n < 0: n.aux(n)"), 2.5, 4, UNUSED),
-    ("no", ONE.format("pass"), 2.1, 4, NO_AUX), ("no", MAIN, 1.1 + 0.25, 1, NO_AUX),  # [] needs no aux; an aux that is missing cannot be used
+    ("no", ONE.format("pass"), 2.1, 4, NO_AUX), ("no", MAIN, 1.1 + 0.25, 1, NO_AUX),  # [] needs no aux
     ("def aux(n):\n    print(n)", ONE.format("x = aux(n)"), 2.1 + 1.5, 4, NO_AUX),
     (AUX, ONE.format("aux(n)"), 3.5, 4, "passed"),                                  # its value is ignored
     (WHOLE, 'def f(n):\n    """Doc."""\n    return aux(n)', 3.0, 4, "passed"),      # three thin wrappers
@@ -54,7 +45,8 @@ RULES = [
     (WHOLE, "def f(n):\n    y = []\n    x = aux(n)\n    return x", 4.0, 4, "passed"),
     (AUX, "def f(n, y=[]):\n    x = aux(n)\n    return y", 3.25, 1, "failed: assert candidate(2) == [1, 2]"),
     (WHOLE, "def f(n):\n    return list(aux(n))", 4.0, 4, "passed"),
-    (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed")]
+    (WHOLE, "def f(n):\n    aux(n)\n    return aux(n)", 3.5, 4, "passed"),
+    (AUX, LONG + MAIN, 0.4, 0, NO_MAIN), (LONG + AUX, MAIN, 0.6, 0, "syntax error: an answer of more than 20000 characters")]
 
 
 def test_each_rule():
@@ -67,8 +59,7 @@ def test_each_rule():
 
 def test_functions_are_found_in_anything():
     """The value of each aux; None: there is none."""
-    answers = {
-        "Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```": 1,  # the first block
+    answers = {"Sure!\n```python\ndef aux(n):\n    return 1\n```\nOr\n```\ndef aux(n):\n    return 2\n```": 1,  # the first block
         "def aux(n): return 0\n```\ndef aux(n): return 1\n```": 1, "```\nx = 1\n```\ndef aux(n): return 0\n```\ndef aux(n): return 1\n```": 1,
         "1. So:\n   ```python\n   def aux(n):\n       return 1\n   ```": 1, "```python\ndef aux(n):\n    return 1": 1,
         "```python\nx = 1\n```\ndef aux(n):\n    return 1\n\nThis is it.": 1, "def aux(n):\r\n    return 1\r\nDone!": 1,
@@ -105,21 +96,27 @@ def test_tests_are_one_line_asserts_or_the_whole_check(body, total):
 
 
 def test_what_a_test_or_an_answer_may_use():
-    """Imports and helpers of the prompt, also beside a bare signature, and names beside check; but no aux of the prompt."""
-    cases, main = [], "def f(n):\n    return aux(n) + 1"
+    """Imports and helpers of the prompt, names beside check, imports beside a function, and math; but no aux of the prompt."""
+    main, test = "def f(n):\n    return aux(n) + 1", "def check(candidate):\n    assert candidate(1) == 2\n"
+    example = {"prompt": "def f(n):\n", "entry_point": "f", "test": test + "    assert candidate(2) == 7\n"}  # of the docstring
+    cases = [(example, AUX, main, 3.5)]
     for prompt, before in [("TWO = 2\ndef f(n):", ""), ("def f(n):\n    pass\nTWO = 2", ""), ("", "import math\nTWO = math.ceil(1.5)\n")]:
         item = {"prompt": prompt, "entry_point": "f", "test": before + "def check(candidate):\n    assert candidate(1) == TWO\n"}
         cases += [(item, AUX, main, 4.0), (item | {"prompt": f"{AUX}\n{prompt}"}, "no", main, 1.1)]
     cases += [(ITEM | {"prompt": "def f(n):\n"}, AUX, MAIN, 1.5 + 0),  # List is unknown: the module does not load
               (ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}, AUX, MAIN, 1.0),  # does not parse
-              (ITEM | {"prompt": "import math\ndef f(n):\n"}, AUX, ONE.format("math.pi"), 2.5),
+              (ITEM | {"prompt": "import re\ndef f(n):\n"}, AUX, ONE.format("re.I"), 2.5), (ITEM, AUX, ONE.format("re.I"), 1.5),
               (ITEM, *[f"```python\n{AUX}\n\n{MAIN}\n```"] * 2, 4.0)]  # one answer for both
+    for before in ["import re\n", "from __future__ import annotations\nimport re\n", "Sure!\nfrom old import\nimport re\n",
+                   "import no_such\n```\nimport re\n", "```python\nimport re\n\n"]:
+        after = "\n```" * ("```" in before)
+        cases += [(ITEM, AUX, before + ONE.format("re.I, math.pi") + after, 2.5),
+                  (ITEM, before + AUX.replace("n *", "re.I and n *") + after, MAIN, 4.0)]
     for case, result in zip(cases, coophe_rewards([case[:3] for case in cases])):
         assert result["reward"] == pytest.approx(case[3], abs=1e-9), case
 
 
-CRASHES = [
-    "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
+CRASHES = ["import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
     "raise MemoryError", "x = bytes(3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
     "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
     "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.closerange(0, 999)",
@@ -139,8 +136,7 @@ def test_what_crashes_fails_and_its_neighbours_do_not():
 def test_no_network_no_files_elsewhere_no_crowd_of_processes_or_files(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert passed(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)",
-                      f"open({str(tmp_path / 'x')!r}, 'w')",
-                      "import os, time; [os.fork() or time.sleep(1) for _ in range(300)]",
+                      f"open({str(tmp_path / 'x')!r}, 'w')", "import os, time; [os.fork() or time.sleep(1) for _ in range(300)]",
                       "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]", "pass") == [0, 0, 0, 0, 4]
     assert not any(tmp_path.iterdir())
 
@@ -176,27 +172,11 @@ def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch):
 
 
 def test_no_answer_stops_the_trainer():
-    junk = ["\0", "\0" * 100_000, "x" * 100_000, "(" * 90_000, "[" * 50_000 + "]" * 50_000, "-" * 90_000 + "1",
-            "1+" * 20_000 + "1", "lambda:" * 14_000 + "1", "not " * 25_000 + "1", "9" * 10_000, "f'{" * 30_000,
-            "a" + ".b" * 20_000, '"\\d\ud800"', "a" + "()" * 10_000, "```" * 5_000, "@a\n" * 8_000, "\n" * 100_000,
-            "\n".join(" " * i + "if 1:" for i in range(4, 440))]
+    junk = ["\0", "\0" * 19_000, "x" * 19_000, "(" * 19_000, "[" * 9_000 + "]" * 9_000, "-" * 19_000 + "1", "-" * 90_000 + "1",
+            "1+" * 9_000 + "1", "lambda:" * 2_700 + "1", "not " * 4_700 + "1", "9" * 10_000, "f'{" * 6_000, "a" + ".b" * 9_000,
+            '"\\d\ud800"', "a" + "()" * 9_000, "```" * 5_000, "@a\n" * 6_000, "\n" * 19_000,
+            "\n".join(" " * i + "if 1:" for i in range(4, 190))]
     triples = [(ITEM, text, f"{text}\n```\n{MAIN}\n```") for text in junk]
     triples += [(ITEM, f"def aux(n):\n    return {text}", f"def f(n):\n    return aux(n) and {text}") for text in junk]
     for result in coophe_rewards(triples):
         assert 0 <= result["reward"] <= 4 and result["total"] == 4 and len(result["level"]) < 300
-
-
-@pytest.mark.parametrize("before", ["import re\n", "from __future__ import annotations\nimport re\n", "Sure!\nfrom old import\nimport re\n",
-                                    "import no_such\n```\nimport re\n", "```python\nimport re\n\n"])
-def test_imports_beside_a_function_are_kept_and_math_is_there(before):
-    after = "\n```" * ("```" in before)
-    assert judge(AUX, before + ONE.format("re.I, math.pi") + after)[1] == 4
-    assert judge(before + AUX.replace("n *", "re.I and n *") + after, MAIN) == (4.0, 4, "passed")
-    assert judge(AUX, ONE.format("re.I"))[1] == 0
-
-
-def test_an_answer_may_not_be_endless():
-    long = "x = [" + "1, " * 700_000 + "]\n"
-    assert judge(AUX, long + MAIN) == (0.4, 0, "main has no function with a return")
-    reward, _, level = judge(long + AUX, MAIN)
-    assert reward == 0.6 and level == "syntax error: an answer of more than 20000 characters is not read"

@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 compare = runpy.run_path(str(ROOT / "results" / "compare.py"))
 
 
-def test_permutation_test_by_hand():
+def test_permutation_test_and_holm_by_hand():
     p = compare["permutation_p"]
     assert p([1, 2], [3, 4]) == pytest.approx(2 / 6)  # the example in its docstring
     assert p([1, 2, 3, 4, 5], [11, 12, 13, 14, 15]) == pytest.approx(2 / 252)
     assert p([1, 4], [2, 3]) == 1 and p([1, 1], [1, 1]) == 1
     assert p([1], [2, 3]) == pytest.approx(2 / 3)  # 1 and 3 differ by 1.5 from the mean of the others
+    assert compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert compare["holm"]({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
 def test_the_tables_read_first_and_last_evaluations(tmp_path, capsys):
@@ -38,12 +40,6 @@ def test_the_tables_read_first_and_last_evaluations(tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| CoLLM")]
     assert rows[0] == "| CoLLM-CC | 10.0 | 70.0 ± 14.1 |  | -1.00 ± 0.00 | 35.0 ± 7.1 |  |"
     assert rows[1] == "| CoLLM-DC | 10.0 | 51.0 ± 1.4 | 0.33 | -1.00 ± 0.00 | 25.5 ± 0.7 | 0.33 |"
-
-
-def test_holm_by_hand():
-    corrected = compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03})
-    assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert compare["holm"]({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
 def test_benchmark_measures_a_checkout(tmp_path):
@@ -71,9 +67,9 @@ def test_a_model_of_a_real_shape_reads_and_writes(tmp_path, monkeypatch, capsys)
     scaling.build("small", tmp_path / "small")
     lm, task = LanguageModel(str(tmp_path / "small")), get_task("strbuild")
     lm.add_adapter("agent_0")
-    tokens, _ = lm.generate("agent_0", [lm.render(history(task, Episode(task.eval_items[0]), 0))], torch.rand(
+    tokens, _, texts = lm.generate("agent_0", [lm.render(history(task, Episode(task.eval_items[0]), 0))], torch.rand(
         1, 200, generator=torch.Generator().manual_seed(0)))
-    again = lm.tokenizer(lm.decode(tokens)[0]).input_ids
+    again = lm.tokenizer(texts[0]).input_ids
     assert len(tokens[0]) == 200 and 150 < len(again) < 400
     scaling.speed(str(tmp_path / "small"), False, prompt=20, answer=4, rows=4)
     lines = capsys.readouterr().out.splitlines()
