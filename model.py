@@ -515,12 +515,12 @@ class LanguageModel:
         return logp.gather(1, sampled[:, None])[:, 0], entropy
 
     def adapter_state(self):
-        """All adapters' weights by name, for train_state.pt."""
-        return {key: p.detach() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
+        """A copy of all adapters' weights by name, for train_state.pt."""
+        return {key: p.detach().clone() for key, p in self.causal_lm.named_parameters() if "lora_" in key}
 
     def load_adapter_state(self, state):
         """Load all adapters' weights from what adapter_state returned; InputError unless they are all there."""
-        own = self.adapter_state()
+        own = {key: p.data for key, p in self.causal_lm.named_parameters() if "lora_" in key}
         if not own or any(key not in state or state[key].shape != own[key].shape for key in own):
             raise InputError(f"the saved state does not hold the adapters that {self.folder} has here.")
         for key, weights in own.items():

@@ -1266,7 +1266,7 @@ class Run:
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
                   "threads", "micro_batch", "gradient_checkpointing", "compile"}
     eval_must_match = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
-    own_files = r"agent_\d+|critic(_\d+)?|(config.json|log.jsonl|samples.txt|train_state.pt)(\.part)?|\.saving-.*"
+    own_files = r"agent_\d+|critic(_\d+)?|(config.json|log.jsonl|samples.txt|train_state.pt)(.part)?|.saving-.*|.lock"
 
     def __init__(self, args, rank):
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
@@ -1290,8 +1290,9 @@ class Run:
             raise InputError(f"{folder} is not empty and holds no run; choose another --out_dir.")
         if not args.eval_only and not rank:
             os.makedirs(folder, exist_ok=True)
+            self.lock = open(os.path.join(folder, ".lock"), "w")
             try:
-                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends, however it does
             except BlockingIOError:
                 raise InputError(f"another process is training in {folder}.") from None
 
@@ -1311,7 +1312,8 @@ class Run:
             return
         for name in os.listdir(self.args.out_dir):
             path = os.path.join(self.args.out_dir, name)
-            if name.startswith(".saving") or self.args.overwrite and re.fullmatch(self.own_files, name):
+            old = self.args.overwrite and name != ".lock" and re.fullmatch(self.own_files, name)
+            if old or name.startswith(".saving"):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
         write_text(self.config_path, json.dumps(vars(self.args) | {"versions": versions}, indent=2))

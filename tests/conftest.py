@@ -15,13 +15,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",
+                  HF_HUB_DISABLE_PROGRESS_BARS="1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tasks import Run
+
 torch.set_num_threads(1)
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "critic", "model"])
+server.set_forkserver_preload(["model", "transformers.models.gpt_neox.modeling_gpt_neox", "critic"])
 
 
 def run_script(script, arguments, folder, output, environment):
@@ -85,12 +88,17 @@ def inside(workplace, monkeypatch):
         arguments = ["--out_dir", f"inside-{workplace.count}", *arguments]  # the last --out_dir counts
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        run, end = {}, 0
+        run, end, runs, init = {}, 0, [], Run.__init__
+        monkeypatch.setattr(Run, "__init__", lambda self, *args: (runs.append(self), init(self, *args))[1])
         try:
             run = runpy.run_path(str(ROOT / script), run_name="__main__")
             run["args"].out_dir = workplace.folder / run["args"].out_dir
         except SystemExit as error:
             end = error.code or 0
+        finally:
+            monkeypatch.setattr(Run, "__init__", init)
+            for own in runs:  # a script's end would free its lock
+                vars(own).pop("lock").close() if hasattr(own, "lock") else None
         assert end == code
         return run
     return inside
