@@ -243,8 +243,6 @@ def test_every_task_is_played(workplace, name, script, num_agents):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 1] and 0 <= lines[-1]["eval/score"] <= 100
     assert lines[1]["joint_actions"] == 4 * get_task(name).num_turns
-    if name == "coophe":  # also: the team plays without the critic, one process per agent
-        assert "agent 1 answers" in workplace.run("model.py", out).out
 
 
 def test_the_task_that_the_readme_adds(tmp_path):
@@ -256,6 +254,7 @@ def test_the_task_that_the_readme_adds(tmp_path):
     code, heading = (tmp_path / "tasks.py").read_text(), "# --- all tasks, and python tasks.py"
     block += f"\n\n{name}.base_steps = 30  # a worse base, sooner\n\n"
     (tmp_path / "tasks.py").write_text(code.replace(heading, block + heading).replace("TASKS = {", f'TASKS = {{"own": {name}, '))
-    run = subprocess.run([sys.executable, "train_cc.py", "--task", "own", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "train_cc.py", "--task", "own", "--steps", "1", "--batch_size", "8"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert '"step": 1, ' in (tmp_path / "out/cc-own/log.jsonl").read_text().splitlines()[-1]
