@@ -17,8 +17,8 @@ from tasks import write_atomic
 def returns_differ(returns):
     """Whether episodes have different returns at some turn; returns is [episode][turn].
 
-    [[2, 1], [2]] do not differ, [[2, 1], [2, 3]] do. Where they do not, advantages are only the rounding of V, which
-    normalising would blow up, and Adam again: such a step must not move the actors.
+    [[2, 1], [2]] do not differ, [[2, 1], [2, 3]] do. Where they do not, advantages are only errors of V, which
+    normalising and Adam would blow up: such a step teaches the actors nothing and must not move them.
     """
     by_turn = [[ret[t] for ret in returns if len(ret) > t] for t in range(max(map(len, returns)))]
     return any(max(at_turn) - min(at_turn) > 1e-6 for at_turn in by_turn)
@@ -27,10 +27,12 @@ def returns_differ(returns):
 def explained_variance(returns, values):
     """Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a constant.
 
-    returns [1, 3], values [1.5, 2.5]: the errors [-0.5, 0.5] have variance 0.25, the returns 1, hence 0.75.
+    returns [1, 3], values [1.5, 2.5]: the errors [-0.5, 0.5] have variance 0.25, the returns 1, hence 0.75. Equal
+    returns give 0: there is nothing to explain.
     """
     returns, values = torch.tensor(returns, dtype=torch.float32), torch.tensor(values, dtype=torch.float32)
-    return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-9)).item()
+    variance = returns.var(correction=0).item()
+    return 1 - (returns - values).var(correction=0).item() / variance if variance > 1e-9 else 0.0
 
 
 def explained_variance_stats(returns, episodes):
@@ -48,7 +50,7 @@ def explained_variance_stats(returns, episodes):
 
 
 def critic_messages(histories):
-    """The chat that a critic reads: the histories of the agents it serves, joined message by message.
+    r"""The chat that a critic reads: the histories of the agents it serves, joined message by message.
 
     Text that is the same for every agent appears once, other texts one after another; a single history stays as it is.
     [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
@@ -66,9 +68,8 @@ def critic_messages(histories):
 class Critic(nn.Module):
     """V(h_t) = mean_t + std_t x head_t(last token's hidden state); mean_t and std_t are of the first step's returns.
 
-    The head has one output per turn: the number of turns left determines most of the return, but cannot be inferred
-    from a history that keeps only the last answer. It is scaled: a critic that starts at 0 when returns are near -7
-    would bootstrap nonsense for the actors until it has caught up.
+    The head has one output per turn, because the number of turns left determines most of the return. It is scaled: a
+    critic that starts at 0 when returns are near -7 would bootstrap nonsense for the actors until it has caught up.
     """
 
     def __init__(self, lm, name, num_turns, max_tokens):
@@ -107,7 +108,7 @@ class Critic(nn.Module):
         return self.mean[turn] + self.std[turn] * self.head(hidden.float()).gather(1, turn[:, None])[:, 0]
 
     @torch.no_grad()
-    def evaluate(self, episodes, c, size):
+    def set_values(self, episodes, c, size):
         """As critic c, append V(h_t) to turn.values of all turns; each rank its shard, `size` rows at a time."""
         rows = [(turn.critic_inputs[c], t, turn) for e in episodes for t, turn in enumerate(e.turns)]
         rows.sort(key=lambda row: row[:2])  # common prefixes are neighbours

@@ -297,7 +297,7 @@ def sample(logits, uniforms, temperature, top_p):
         ordered, order = probs.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    cdf = probs.cumsum(-1)  # inverse transform sampling: one random number per token, not V
+    cdf = probs.cumsum(-1)  # inverse transform sampling: the first token with cdf > u x total (which top_p made < 1)
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
@@ -426,7 +426,7 @@ class LanguageModel:
         self.truncated += len(ids) > max_tokens
         return ids[-max(1, min(len(ids), max_tokens)):]
 
-    def merge(self, name):
+    def activate(self, name):
         """Use this adapter, added to a copy of small weights (1.3 times faster); returns {layer: its weight}."""
         self.peft.set_adapter(name)
         layers = [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)] * self.is_small
@@ -443,7 +443,7 @@ class LanguageModel:
         answer does not depend on the other rows. It ends with an end token unless it was cut at max_new_tokens. logps
         are those of the softmax at `temperature`, before top_p truncates it.
         """
-        weights = self.merge(name)
+        weights = self.activate(name)
         static, config = self.compiled_step is not None, self.causal_lm.config
         distinct = prompts if static else [prompt for prompt, _ in itertools.groupby(prompts)]  # each is read once
         copies = [k for k, (_, same) in enumerate(itertools.groupby(prompts)) for _ in same]
@@ -451,7 +451,7 @@ class LanguageModel:
         length = -(-(P + new) // 128) * 128  # of a static cache: rounded up, so that few are compiled for
         cache = StaticCache(config=config, max_cache_len=length) if static else DynamicCache(config=config)
         ids, mask = (pad_sequence([torch.tensor(row) for row in rows], True, 0, "left").to(self.device) for rows in (
-            distinct, [[1] * (length - P + len(prompt)) for prompt in distinct]))  # (distinct, P); 1 = not padding
+            distinct, [[1] * (length - P + len(prompt)) for prompt in distinct]))  # (distinct, P or length)
         position = (mask[:, :P].cumsum(1) - 1).clamp(min=0)
         uniforms, running = uniforms.to(self.device), list(range(len(prompts)))
         tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
@@ -480,7 +480,7 @@ class LanguageModel:
         return tokens, logps, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def pack(self, sequences, first):
-        """Model inputs for B token-id lists as one row without padding; indices of their tokens from first[b] on.
+        """(model inputs for B token-id lists as one row without padding, indices of their tokens from first[b] on).
 
         A prefix that sequences share occurs once: [1, 2, 3] and [1, 2, 4] become [1, 2, 3, 4] at positions [0, 1, 2, 2]
         with the paths [0, 1, 2] and [0, 1, 3]. Turns of an episode share the first observation, answers their prompt.
@@ -496,7 +496,7 @@ class LanguageModel:
             packed += [(own, tensor(path))] if own else []
         wanted = [token for b, start in enumerate(first) for token in paths[b][start:]]
         return {"input_ids": tensor([ids]), "position_ids": tensor([position]), "packed": packed, "use_cache": False,
-                "attention_mask": torch.zeros(1, 1, 1, 1)}, tensor(wanted)  # a mask of 4 dimensions is not replaced
+                "attention_mask": torch.zeros(1, 1, 1, 1)}, tensor(wanted)  # of 4 dimensions: transformers makes none
 
     def hidden(self, name, sequences, first):
         """Last-layer hidden states (N, C) of B token-id lists, from position first[b] to the end of each."""

@@ -7,7 +7,7 @@ One training step, in the notation of arXiv 2601.21972:
  3. Advantage of agent i = TD error:  A_i,t = r_t + gamma V_i(h_i,t+1) - V_i(h_i,t),  V_i after the last turn is 0.
  4. Critics: minimise  mean ((V_i(h_i,t) - y_i,t) / std_t)^2  with the constant target y_i,t = r_t + gamma V_i(h_i,t+1).
  5. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A)  with importance ratio
-    rho = pi_i / pi_i at sampling; at rho = 1 (first minibatch) the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+    rho = pi_i now / pi_i then (at sampling); at rho = 1 its gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 Execution is decentralized: each agent acts with its own adapter on its own history, and no critic is left.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
@@ -110,7 +110,7 @@ actor_optimizer = torch.optim.AdamW(actor_parameters, args.lr, weight_decay=0, f
 # --- critics ----------------------------------------------------------------------------------------------------------
 
 critics = [Critic(lms[i], f"critic_{i}", args.num_turns, args.critic_tokens) for i in agents]  # one for each agent
-reads = [[i] for i in agents]        # critic k reads the histories of these agents: agent k alone
+reads = [[i] for i in agents]        # critic c reads the histories of these agents: agent c alone
 critic_of = [i for i in agents]      # and this one serves agent i
 critic_optimizer = torch.optim.AdamW(sum((c.weights for c in critics), []), args.critic_lr, weight_decay=0, fused=True)
 
@@ -166,9 +166,10 @@ def rollout(items, generator):
         prompts = [[lms[i].render(h[i], lms[i].context - args.max_new_tokens) for h in histories] for i in agents]
         tokens, logps, responses = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i],
                                                          args.temperature, args.top_p) for i in agents))
-        turns = [[list(own) for own in zip(*by_agent)] for by_agent in (prompts, tokens, logps, responses)]  # [episode]
-        played, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
-        outcomes = task.judge_all(played, turns[3], t, worlds)
+        fields = prompts, tokens, logps, responses  # each [agent][episode]
+        turns = [[list(own) for own in zip(*by_agent)] for by_agent in fields]  # the fields, each [episode][agent]
+        items_now, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
+        outcomes = task.judge_all(items_now, turns[-1], t, worlds)
         for k, h, outcome, *turn in zip(running, histories, outcomes, *turns):
             read = [critic.input_ids([h[i] for i in reads[c]]) for c, critic in enumerate(critics)]
             episodes[k].turns.append(Turn(*turn, outcome, read))
@@ -197,7 +198,7 @@ def set_targets(episodes, returns):
     for c, critic in enumerate(critics):
         if progress["step"] == 0:
             critic.set_scale(returns)
-        critic.evaluate(episodes, c, args.micro_batch)
+        critic.set_values(episodes, c, args.micro_batch)
         for e in episodes:
             for turn, target in zip(e.turns, td_targets(e.rewards, [turn.values[c] for turn in e.turns])):
                 turn.targets.append(target)
@@ -274,7 +275,7 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started, episodes = time.time(), []
-    size = args.batch_size * args.ranks * (8 if args.model == "tiny" else 1)  # at once; a small model has the room
+    size = args.batch_size * args.ranks * (8 if lms[0].is_small else 1)  # at once; a small model has the room
     eval_generator = torch.Generator().manual_seed(1234)
     for k in range(0, len(task.eval_items), size):
         episodes += rollout(task.eval_items[k:k + size], eval_generator)

@@ -8,7 +8,7 @@ One training step, in the notation of arXiv 2601.21972:
  4. Baseline b_t: the mean R_t of the G episodes on the same item (--baseline group: MAGRPO; with --num_agents 1 GRPO),
     the mean of the others (loo: leave-one-out), or 0 (none: MAREINFORCE).
  5. Actors:  maximise the mean over answers of the sum over tokens of  min(rho A, clip(rho) A)  with importance ratio
-    rho = pi_i / pi_i at sampling; at rho = 1 (first minibatch) the gradient is that of  mean A log pi_i(a_i,t | h_i,t).
+    rho = pi_i now / pi_i then (at sampling); at rho = 1 its gradient is that of  mean A log pi_i(a_i,t | h_i,t).
 Execution is decentralized: each agent acts with its own adapter on its own history, and no critic is left.
 
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
@@ -156,9 +156,10 @@ def rollout(items, generator):
         prompts = [[lms[i].render(h[i], lms[i].context - args.max_new_tokens) for h in histories] for i in agents]
         tokens, logps, responses = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i],
                                                          args.temperature, args.top_p) for i in agents))
-        turns = [[list(own) for own in zip(*by_agent)] for by_agent in (prompts, tokens, logps, responses)]  # [episode]
-        played, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
-        outcomes = task.judge_all(played, turns[3], t, worlds)
+        fields = prompts, tokens, logps, responses  # each [agent][episode]
+        turns = [[list(own) for own in zip(*by_agent)] for by_agent in fields]  # the fields, each [episode][agent]
+        items_now, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
+        outcomes = task.judge_all(items_now, turns[-1], t, worlds)
         for k, outcome, *turn in zip(running, outcomes, *turns):
             episodes[k].turns.append(Turn(*turn, outcome))
     return all_gather(episodes)
@@ -234,7 +235,7 @@ def update_actors(episodes):
 def evaluate(show):
     """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
     started, episodes = time.time(), []
-    size = args.batch_size * args.ranks * (8 if args.model == "tiny" else 1)  # at once; a small model has the room
+    size = args.batch_size * args.ranks * (8 if lms[0].is_small else 1)  # at once; a small model has the room
     eval_generator = torch.Generator().manual_seed(1234)
     for k in range(0, len(task.eval_items), size):
         episodes += rollout(task.eval_items[k:k + size], eval_generator)

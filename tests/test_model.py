@@ -537,7 +537,7 @@ def test_values_start_at_the_mean_return_of_the_turn_and_do_not_depend_on_other_
     assert torch.allclose(together, torch.cat([critic([ids], [t]) for ids, t in zip(inputs, turns)]), atol=1e-4)
     episodes = [Episode({}, [Turn([], [], [], [], None, [ids]) for ids in own]) for own in (inputs[:2], inputs[2:4])]
     for size in (1, 3):
-        critic.evaluate(episodes, 0, size)
+        critic.set_values(episodes, 0, size)
     values = torch.tensor([turn.values for e in episodes for turn in e.turns])
     assert torch.allclose(values, together[:4, None].expand(-1, 2), atol=1e-4)
     together.sum().backward()
