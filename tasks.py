@@ -1047,7 +1047,7 @@ def sandbox(source=inspect.getsource(work)):
     """The command that runs work, in bubblewrap or, where it does not work, after one printed line without it."""
     python = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", f"{source}import sys\nwork(*map(int, sys.argv[1:]))"]
     bwrap = ("bwrap --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
-             "--cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp").split()
+             "--cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir").split() + [os.path.dirname(python[0])]
     bwrap += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)  # to become nobody
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", sys.base_prefix + "/lib", python[0]:
         bwrap += ["--ro-bind-try", path, path]
