@@ -1047,7 +1047,7 @@ def sandbox(source=inspect.getsource(work)):
     """The command that runs work, in bubblewrap or, where it does not work, after one printed line without it."""
     python = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", f"{source}import sys\nwork(*map(int, sys.argv[1:]))"]
     bwrap = ("bwrap --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
-             "--cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir").split() + [os.path.dirname(python[0])]
+             "--cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split() + [os.path.dirname(python[0])]
     bwrap += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)  # to become nobody
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", sys.base_prefix + "/lib", python[0]:
         bwrap += ["--ro-bind-try", path, path]
@@ -1065,7 +1065,7 @@ def run_tests(jobs):
     After a test that ends the answer's process the next ones still run, after one that takes too long they do not.
     """
     def start(*pipes):
-        return subprocess.Popen([*sandbox(), *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
+        return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
                                 stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
                                 cwd=tempfile.mkdtemp(dir=folder))
 
@@ -1086,8 +1086,12 @@ def run_tests(jobs):
             verdicts += "0" * (len(tests) if judge.returncode else 1)
         return verdicts[:len(tests)]
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(run_pair, jobs))
+    command, folder = sandbox(), tempfile.mkdtemp()
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(run_pair, jobs))
+    finally:
+        subprocess.run(["rm", "-rf", folder])  # also what is nested too deeply for Python
 
 
 def parse_python(text):
