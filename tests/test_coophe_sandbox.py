@@ -1,4 +1,5 @@
 """coophe: attacks by model-written code. None may earn a test that it did not solve, read, leave or harm anything."""
+import contextlib
 import functools
 import gzip
 import importlib.util
@@ -92,11 +93,14 @@ def job(attack):
     return ["f = candidate", module + "\ncandidate = f", TESTS]
 
 
-def children(pid):
-    """Processes that descend from this one."""
-    stats = [stat.read_text().rsplit(")", 1)[1].split() + [int(stat.parent.name)] for stat in Path("/proc").glob("[0-9]*/stat")]
-    below = [stat[-1] for stat in stats if int(stat[1]) == pid and stat[0] != "Z"]
-    return below + [child for other in below for child in children(other)]
+def running():
+    """The parent of each process that runs, by id."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            parents |= {int(path.parent.name): int(parent)} if state != "Z" else {}
+    return parents
 
 
 @pytest.fixture
@@ -105,6 +109,7 @@ def mode(request, monkeypatch):
     if request.param == "fallback":
         monkeypatch.setattr(tasks, "sandbox", lambda: command[-5:])
     monkeypatch.setenv("A_SECRET", "1")
+    monkeypatch.setattr(tasks, "TIME_LIMITS", (1.0, 6.0))
     return request.param
 
 
@@ -122,7 +127,7 @@ def test_no_attack_earns_a_test_leaves_anything_or_harms_its_neighbours(mode, tm
         for name in "equal to all", "os._exit", "frames", "fork bomb", "crash", "a large file", "higher limits":
             assert tasks.run_tests([attacks[name]]) == ["000"]
     assert sorted(os.listdir(tmp_path)) == ["canary", "socket"] and (tmp_path / "canary").read_text() == "canary"
-    assert not children(os.getpid())
+    assert os.getpid() not in running().values()
 
 
 @pytest.mark.skipif(not BWRAP, reason="without bubblewrap a process may outlive the trainer")
@@ -130,10 +135,12 @@ def test_nothing_survives_a_killed_trainer():
     run = f"import tasks\ntasks.run_tests([{job(ATTACKS['deaf'])}] * 9)"
     with subprocess.Popen([sys.executable, "-c", run], cwd=Path(tasks.__file__).parent) as trainer:
         time.sleep(2)
-        started = children(trainer.pid)
+        before, started = running(), {trainer.pid}
+        for _ in range(3):
+            started |= {pid for pid, parent in before.items() if parent in started}
         trainer.kill()
     time.sleep(1)
-    assert len(started) > 5 and not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert len(started) > 9 and not started & set(running())
 
 
 def test_without_bubblewrap_one_line_says_what_is_not_protected(monkeypatch, capfd):
