@@ -163,10 +163,9 @@ def command_shares(max_commands, num_agents):
 
 
 def build_world(responses, palettes, bbox, max_commands, start=(), verb="setblock", limits=None):
-    """Build the world of a joint action: (world, accepted, rejected); the last two hold one list per agent.
-
-    world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it is
-    {(0, 0, 0): "obsidian"}; with air it is {}. start is the world before the commands.
+    """Build the world of a joint action on a world `start`: (world, accepted, rejected); the last two hold a list per
+    agent, world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it
+    is {(0, 0, 0): "obsidian"}; with air it is {}.
     """
     world, accepted, rejected = dict(start), [], []
     for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
@@ -182,7 +181,6 @@ def build_world(responses, palettes, bbox, max_commands, start=(), verb="setbloc
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
     """build_world of a string; start is empty by the official rules, the last turn's world in a persistent one."""
-    assert len({len(row) for row in target_rows}) == 1, "The rows of a target must be equally long."
     assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
     bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
     return build_world(responses, palettes, bbox, max_commands, start)
@@ -192,7 +190,7 @@ def texture(block):
     """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
     if block.endswith(("_planks", "_wood")):
         return "wood"
-    if block in ("stone", "cobblestone") or block.endswith(("_stone", "_stone_bricks")):  # e.g. smooth_stone
+    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):
         return "stone"
     return "concrete" if block.endswith("_concrete") else block
 
@@ -205,14 +203,13 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     """
     world, accepted, _ = strbuild_world(target_rows, responses, palettes, max_commands, start)
     target, size = set(target_cells(target_rows)), len(target_rows) * len(target_rows[0])
-    covered = len(target & world.keys())
-    extra = len(world) - covered
+    covered, extra = len(target & world.keys()), len(world.keys() - target)
     pairs = [(block, world[neighbour]) for (x, y, z), block in world.items()
              for neighbour in [(x + 1, y, z), (x, y + 1, z)] if neighbour in world]
     coverage, extra_ratio = covered / max(1, len(target)), extra / max(1, size - len(target))
     adjacent_same_ratio = sum(texture(a) == texture(b) for a, b in pairs) / max(1, len(pairs))
-    missing = sum(any(block.removeprefix("minecraft:") not in {*EMPTY, *world.values()} for block in palette)
-                  for palette in palettes[:len(responses)])
+    used, own = {*EMPTY, *world.values()}, palettes[:len(responses)]
+    missing = sum(any(block.removeprefix("minecraft:") not in used for block in palette) for palette in own)
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
             "iou": covered / max(1, len(target) + extra), "coverage": coverage, "extra_ratio": extra_ratio,
             "adjacent_same_ratio": adjacent_same_ratio, "missing_palettes": missing, "accepted": [*map(len, accepted)]}
@@ -220,7 +217,7 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
 
-HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks", "air"]  # for every agent
+HOUSE_BLOCKS = ["white_concrete", "obsidian", "stone_stairs", "stone_bricks", "planks"]  # of our generated houses
 
 
 def house_target(layers, inventory):
@@ -267,8 +264,7 @@ def check_house(layers, inventory):
     if len(house) < len(layers):
         raise ValueError("two layers of this house have the same height")
     if len(set(sizes)) != 1 or max(house) - min(house) >= len(house) or not house_target(house, inventory):
-        raise ValueError("the layers of a house must be consecutive, have equally many rows, all equally long, and "
-                         "hold a block")
+        raise ValueError("the layers of a house must be consecutive rectangles, equally large, and hold a block")
     return house
 
 
@@ -303,10 +299,10 @@ def block_limits(target, num_agents):
 
 
 def housebuild_world(layers, inventory, responses, max_commands=600, limited_resource=True):
-    """build_world of a house."""
+    """build_world of a house; every agent may use the blocks of the inventory, and air."""
     rows, limits = next(iter(layers.values())), block_limits(house_target(layers, inventory), len(responses))
     bbox = (0, min(layers), 0), (len(rows[0]) - 1, max(layers), len(rows) - 1)
-    return build_world(responses, [HOUSE_BLOCKS] * len(responses), bbox, max_commands, verb="fill",
+    return build_world(responses, [inventory.values()] * len(responses), bbox, max_commands, verb="fill",
                        limits=limits if limited_resource else None)
 
 
@@ -330,9 +326,8 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
-def to_blame(fill, world, target):
-    """Whether a fill (low corner, high corner, block) is the reason for a wrong cell in the world."""
-    low, high, block = fill
+def to_blame(low, high, block, world, target):
+    """Whether a fill is the reason for a wrong cell in the world."""
     return any(world.get(cell, "air") == block != target.get(cell, "air") for cell in box_cells(low, high))
 
 
@@ -404,7 +399,7 @@ def draw_svg(plan, world, title=""):
     for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
         block, color = world.get(cell), BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
         edge = shade(color, -0.45) if cell in target and target[cell] in (None, block) else "#e02020"
-        lines.append(f'<g class="cube" stroke="{edge}">' if cell in world else
+        lines.append(f'<g class="cube" stroke="{edge}">' if block else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
         for light, corners in faces:
             points = " ".join("{:.1f},{:.1f}".format(*screen(*map(sum, zip(cell, corner)))) for corner in corners)
@@ -418,8 +413,7 @@ def draw_svg(plan, world, title=""):
 def scripted_builders(target_rows):
     """Two answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
 
-    For ["##"] they are "/setblock 0 0 0 oak_planks" and "/setblock 1 0 0 white_concrete". Perfect but for the strings
-    X and Y, which have 0 and 1 odd cells, too few for agent 1's two blocks.
+    They are perfect for every letter but X and Y, which have too few odd cells for two blocks.
     """
     answers = [[], []]
     for x, y, z in target_cells(target_rows):

@@ -155,7 +155,7 @@ def test_one_agent_writes_both_texts(name):
     ("tldr", {"prompt": " "}, "prompt"), ("tldr", {"text": "a"}, "prompt"), ("arxiv", {"abstract_text": 3}, "abstract_text"),
     ("housebuild", {"layers": {"0": ["AB"]}, "inventory": {"A": "planks"}}, "'B'"),
     ("housebuild", {"layers": {"0": ["AA", "A"]}, "inventory": {"A": "planks"}}, "equally"),
-    ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "gold"}}, "planks"),
+    ("housebuild", {"layers": {"0": ["A"]}, "inventory": {"A": "gold block"}}, "planks"),
     ("housebuild", {"layers": {"low": ["A"]}, "inventory": {"A": "planks"}}, "not 'low'"),
     ("housebuild", {"layers": {"0": [["A"]]}, "inventory": {"A": "planks"}}, "layers"),
     ("housebuild", {"layers": {"0": ["A"], "2": ["A"]}, "inventory": {"A": "planks"}}, "layers"),

@@ -3,6 +3,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,10 @@ def test_each_rule(aux, main, reward, passed, level):
     assert judge(aux, main) == (reward, passed, level)
 
 
-def test_one_answer_for_both_and_imports_of_the_prompt_only():
+def test_one_answer_for_both_and_imports_of_the_prompt():
     assert judge(*[f"```python\n{AUX}\n\n{MAIN}\n```"] * 2)[0] == 4.0
     assert judge(AUX, MAIN, ITEM | {"prompt": "def f(n):\n"})[1] == 0  # List is unknown: the module does not load
-    assert judge(AUX, "import math\n" + ONE.format("math.pi"))[1] == 0
-    assert judge(AUX, ONE.format("math.pi"), ITEM | {"prompt": "import math\ndef f(n):\n"})[1] == 4
+    assert judge(AUX, ONE.format("re.I"), ITEM | {"prompt": "import re\ndef f(n):\n"})[1] == 4
     half = ITEM | {"prompt": "Imports:\nfrom typing import (List,\n    Dict)\n"}  # with it the module does not parse
     assert judge(AUX, MAIN, half)[:2] == (1.0, 0) and judge(AUX, MAIN, half)[2].startswith("syntax error: ")
 
@@ -257,3 +257,20 @@ def test_a_batch_equals_each_alone():
     triples = [(ITEM, *pair) for pair in pairs] * 2
     assert coophe_rewards(triples) == [coophe_reward(*triple) for triple in triples]
     assert coophe_rewards([]) == []
+
+
+@pytest.mark.parametrize("before", ["import re\n", "from __future__ import annotations\nimport re\n", "Sure!\nfrom old import\nimport re\n",
+                                    "import no_such\n```\nimport re\n", "```python\nimport re\n\n"])
+def test_imports_beside_a_function_are_kept_and_math_is_there(before):
+    after = "\n```" * ("```" in before)
+    assert judge(AUX, before + ONE.format("re.I, math.pi") + after)[1] == 4
+    assert judge(before + AUX.replace("n *", "re.I and n *") + after, MAIN) == (4.0, 4, "passed")
+    assert judge(AUX, ONE.format("re.I"))[1] == 0
+
+
+def test_an_answer_may_not_be_endless():
+    start, long = time.perf_counter(), "x = [" + "1, " * 700_000 + "]\n"
+    assert judge(AUX, long + MAIN) == (0.4, 0, "main has no function with a return")
+    reward, _, level = judge(long + AUX, MAIN)
+    assert reward == 0.6 and level == "syntax error: an answer of more than 20000 characters is not read"
+    assert time.perf_counter() - start < 2

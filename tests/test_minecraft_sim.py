@@ -139,7 +139,7 @@ def test_commands_find_the_world_that_the_last_turn_left():
 def test_textures():
     names = {"oak_planks": "wood", "oak_wood": "wood", "stone": "stone", "cobblestone": "stone",
              "smooth_stone": "stone", "end_stone": "stone", "mossy_stone_bricks": "stone", "white_concrete": "concrete",
-             **{own: own for own in ["stone_bricks", "planks", "sandstone", "obsidian", "concrete"]}}
+             **{own: own for own in ["planks", "sandstone", "obsidian", "concrete"]}}
     assert {name: texture(name) for name in names} == names
 
 
@@ -332,3 +332,18 @@ def test_palettes_and_inventories_may_carry_a_prefix():
     assert sim.house_target(*house) == {(0, 0, 0): "planks"}
     for block in ("planks", "minecraft:planks"):
         assert sim.housebuild_score(*house, [f"fill 0 0 0 0 0 0 {block}"])["reward"] == 1
+
+
+def test_bricks_of_stone_are_stone():
+    names = ["stone_bricks", "mossy_stone_bricks", "cracked_stone_bricks", "nether_bricks", "bricks"]
+    assert [texture(name) for name in names] == ["stone"] * 3 + names[3:]
+
+
+def test_a_house_may_be_of_any_blocks_and_allows_no_others():
+    house = {0: ["GG", ".G"]}, {"G": "gold_block", "X": "minecraft:glass"}
+    fills = "fill 0 0 0 1 0 0 {}\nfill 1 0 1 1 0 1 minecraft:{}"
+    assert sim.housebuild_score(*house, [fills.format("gold_block", "gold_block")])["reward"] == 1
+    for block, accepted in [("glass", 2), ("planks", 0), ("air", 2)]:
+        score = sim.housebuild_score(*house, [fills.format(block, block)], limited_resource=False)
+        assert score["accepted"] == [accepted]
+    assert sim.housebuild_score(*house, [fills.format("glass", "glass")])["accepted"] == [0]  # the target has no glass

@@ -472,7 +472,7 @@ def test_examples_of_docstrings():
             "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 7\n"}
     verdict = tasks.coophe_reward(item, "def aux(n): return n * n", "def f(n): return aux(n) + 1")
     assert (verdict["reward"], verdict["passed"]) == (3.5, 1)
-    source, node, error, returns = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
+    source, node, error, returns, _ = tasks.find_function("Sure!\ndef aux(n):\n    return n +", "aux")
     assert (source, node, returns) == ("def aux(n):\n    return n +", None, True) and error
 
 
@@ -538,3 +538,18 @@ def test_what_a_judge_must_not_say(parts, reward, message):
     with pytest.raises(tasks.InputError, match=message) as error:
         task.outcome(reward, 50, parts, 0, False)
     assert "\n" not in str(error.value)
+
+
+def test_a_persons_house_may_be_of_any_blocks(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"layers": {"0": ["GG"]}, "inventory": {"G": "minecraft:gold_block"}}')
+    task = get_task("housebuild", data=str(tmp_path / "own.jsonl"))
+    item = task.train_items[0]
+    assert "You have 1 gold_block. The house:\n 1: 0 0 0 0 0 0 gold_block\n" in task.observation(item, 0)
+    assert task.judge(item, ["fill 0 0 0 0 0 0 gold_block", "fill 1 0 0 1 0 0 gold_block"], 0).score == 100
+
+
+def test_a_string_of_a_file_may_not_be_endless():
+    task = get_task("strbuild")
+    assert task.check({"string": "m" * 64}) == {"string": "M" * 64}
+    with pytest.raises(tasks.InputError, match="at most 64"):
+        task.check({"string": "M" * 65})
