@@ -980,15 +980,15 @@ TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of
 
 
 def work(*pipes):
-    """Runs in a process of its own, which holds an answer or, with pipes to such a process, judges it; never both.
+    """Runs in a process of its own: holds an answer or, given pipes to such a process, tests it, but never both.
 
-    So a test passes only if the answer computed its values. Arguments and results are data of built-in types, subclasses
-    become their base; other objects (generators, Fraction, functions) and changes of arguments do not get across.
+    So a test passes only if the answer computed its values. Only data of built-in types gets across, subclasses become
+    their base: no generator, Fraction or function, no int of over 4300 digits, and no change of an argument.
     """
-    import builtins, math, os, resource
+    import builtins, os, resource
     kinds = {int: int.__repr__, float: float.__repr__, complex: complex.__repr__, str: str.__str__, dict: dict.items}
     kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list)
-    kinds |= {kind: str for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, BaseException)}
+    kinds |= {e: str for e in vars(builtins).values() if isinstance(e, type) and issubclass(e, BaseException)}
     names = {kind.__name__: kind for kind in kinds}
 
     def pack(value):  # (1, "a") becomes ("tuple", [("int", "1"), ("str", "a")])
@@ -1005,7 +1005,7 @@ def work(*pipes):
     def ask(request):
         print(ascii(pack(request)), file=to_answer)
         reply = from_answer.readline(10 ** 7)
-        result = unpack(ast.literal_eval(reply)) if reply.endswith("\n") else os._exit(0)  # the answer's process ended
+        result = unpack(ast.literal_eval(reply)) if reply.endswith("\n") else os._exit(0)  # the process is gone
         if isinstance(result, BaseException):
             raise result
         return result
@@ -1023,7 +1023,7 @@ def work(*pipes):
         except (OSError, ValueError):  # macOS has its own ideas; a lower limit stays
             pass
     for line in requests:
-        space = {"__name__": "answer", "math": math}
+        space = {"__name__": "answer"}
         try:
             match unpack(eval(line)):
                 case seconds, end, module, context, test:  # for the judge
@@ -1044,17 +1044,18 @@ def work(*pipes):
 
 @functools.cache
 def sandbox(source=inspect.getsource(work)):
-    """The command that runs work, in bubblewrap or, where it does not work, after one printed line without it."""
-    python = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", f"{source}import sys\nwork(*map(int, sys.argv[1:]))"]
-    bwrap = ("bwrap --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
-             "--cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split() + [os.path.dirname(python[0])]
+    """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
+    source += "import sys\nwork(*map(int, sys.argv[1:]))"
+    python = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source]
+    bwrap = ("bwrap --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts --cap-drop "
+             "ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split() + [os.path.dirname(python[0])]
     bwrap += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)  # to become nobody
-    for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", sys.base_prefix + "/lib", python[0]:
+    for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
         bwrap += ["--ro-bind-try", path, path]
     bwrap += ["--remount-ro", "/", *python]
-    if shutil.which("bwrap") and subprocess.run(bwrap, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+    if shutil.which("bwrap") and not subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True).returncode:
         return bwrap
-    print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing, or may not "
+    print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing or may not "
           "work here) such code can use the network and this user's files and processes, and may outlive the run.")
     return python
 
@@ -1201,7 +1202,8 @@ def coophe_rewards(triples):
             result["level"] = f"syntax error: {error}"
         else:
             result["reward"] += 0.5
-            jobs.append(["\n".join([*context, f"{name} = candidate"]), f"{module}\ncandidate = {name}", tests])
+            context = "\n".join([*context, "import math", f"{name} = candidate"])
+            jobs.append([context, f"{module}\ncandidate = {name}", tests])
             judged.append((result, tests, aux_bonus(main_node) if aux_node else 0.0))
     for (result, tests, bonus), verdicts in zip(judged, run_tests(jobs) if jobs else []):
         result["passed"] = verdicts.count("1")

@@ -1,18 +1,11 @@
-"""coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
-import shutil
-import socket
-import subprocess
-import sys
+"""coophe: what two answers earn, how functions are found in them, and what happens to those that crash."""
 import time
-from pathlib import Path
 
 import pytest
 
 import tasks
 from tasks import coophe_reward, coophe_rewards, coophe_tests, find_function
 
-apart = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run(["unshare", "-Unm", "true"]).returncode != 0,
-                           reason="this needs namespaces, which Linux may refuse")
 ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n    """Squares below n, plus one."""\n',
         "entry_point": "f",
         "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(0) == []\n"
@@ -144,47 +137,13 @@ def test_a_problem_without_tests_is_refused(test):
     "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
     "raise MemoryError", "x = bytes(3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
     "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
-    "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
+    "import os; [os.fork() for _ in range(4)]; os._exit(0)",
     "import os; os.closerange(0, 999)", "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)"])
 def test_what_crashes_fails_and_its_neighbours_do_not(first):
     """The first answer does it in every test, the second in the test with n = 2 only, the third is fine."""
     results = coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, ONE.format(f"if n == 2: {first}")),
                               (ITEM, AUX, MAIN)])
-    alone = 0 if "getppid" in first else 3  # without namespaces, killing the worker fails every test of the pair
-    assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and alone <= results[1]["passed"] <= 3
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
-@pytest.mark.parametrize("trick", [
-    "__import__('builtins').__dict__.update(exec=lambda *a: None)", "__import__('os').__dict__.update(write=lambda *a: 16)",
-    "__import__('builtins').__dict__.update(AssertionError=None, compile=lambda *a: 'pass')"])
-def test_a_pass_cannot_be_faked_by_replacing_what_the_sandbox_calls(trick):
-    wrong = "def f(n):\n    return 'no' + str(aux)"
-    assert coophe_reward(ITEM, f"def aux(n, _={trick}):\n    return n", wrong)["passed"] == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system-call filters are Linux's")
-@pytest.mark.parametrize("first", [
-    "import os; os.fork()", "import subprocess; subprocess.run(['true'])", "import os; os.memfd_create('x')",
-    "import os; os.mkdir('deep')", "import os; os.mkdir('deep', dir_fd=os.open('.', 0))",
-    "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]"])
-def test_no_process_and_no_disk_full_of_files(first):
-    """Each of these raises an error, although the usual limits count neither root's processes nor many small files."""
-    assert coophe_rewards([(ITEM, AUX, ONE.format(first)), (ITEM, AUX, MAIN)])[0]["passed"] == 0
-
-
-@apart
-def test_no_network():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        call = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
-        assert judge(AUX, ONE.format(call))[1] == 0
-
-
-@apart
-def test_nothing_is_written_elsewhere_and_no_file_of_the_sandbox_is_open(tmp_path):
-    assert judge(AUX, ONE.format(f"open({str(tmp_path / 'x')!r}, 'w')"))[1] == 0 and not any(tmp_path.iterdir())
-    # five: standard input, output and error, the pipe for the pass, and the folder being listed
-    assert judge(AUX, ONE.format("import os; assert len(os.listdir('/proc/self/fd')) == 5"))[1] == 4
+    assert results[0]["passed"] == 0 and results[2]["passed"] == 4 and results[1]["passed"] == 3
 
 
 def test_an_answer_runs_isolated_and_sees_no_environment(monkeypatch):
@@ -198,44 +157,11 @@ def test_all_tests_of_a_pair_share_a_time_limit(monkeypatch):
     assert judge(AUX, ONE.format("import time; time.sleep(2 * n)"))[1] == 1  # n is 0, 2, 3, 1: tests passed in time count
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_verdicts_cannot_be_written_through_proc():
-    forge = (
-        "import os, time\n"
-        "    for name in [f'/proc/{p}/fd' for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]:\n"
-        "        try:\n"
-        "            for fd in os.listdir(name):\n"
-        "                open(f'{name}/{fd}', 'ab').write(b'0 1111\\n1 1111\\n')\n"
-        "        except OSError:\n"
-        "            pass\n"
-        "    1 / 0")
-    assert [result["passed"] for result in coophe_rewards([(ITEM, AUX, ONE.format(forge))] * 2)] == [0, 0]
-
-
-def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "SANDBOX", f"{tasks.SANDBOX}# {tmp_path}")  # to tell its processes from others
-    stays = "import os, time\n    if n == 2 and os.fork():\n        os.wait()\n    elif n == 2:\n" \
-            "        os.setsid(), os.fork() or time.sleep(1000), os._exit(0)"
-    results = coophe_rewards([(ITEM, AUX, ONE.format("while n == 2: pass")), (ITEM, AUX, ONE.format(stays)),
-                              (ITEM, AUX, MAIN)])
-    assert [result["passed"] for result in results[::2]] == [3, 4]
-    assert results[0]["level"] == "failed: assert candidate(2) == [1, 2]"
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
-
-
-def test_pairs_left_by_a_dead_worker_are_judged_again(monkeypatch):
-    code = tasks.SANDBOX.replace('call("unshare", 0x50020000)', "-1").replace(
-        "    os.setsid()\n", "    if 'kills' in module:\n        os.kill(os.getppid(), 9)\n    os.setsid()\n")
-    monkeypatch.setattr(tasks, "SANDBOX", code)
-    results = coophe_rewards([(ITEM, AUX, ONE.format(first)) for first in ("pass", "'kills'", "1", "'kills'", "2")])
-    assert [result["passed"] for result in results] == [4, 0, 4, 0, 4]
-
-
 def test_a_module_that_does_not_load_passes_nothing_and_output_goes_nowhere(capfd):
     assert judge(AUX, f"@undefined\n{MAIN}") == (1.5, 0, "failed: assert candidate(0) == []")
     assert judge(AUX, ONE.format("print('x' * 10 ** 7)"))[1] == 4
     assert judge(AUX, ONE.format("f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1"))[1] == 4  # loaded anew for each test
-    assert judge(AUX, ONE.format("import os; assert not os.listdir('.'); open('x', 'w').close()"))[1] == 4
+    assert judge(AUX, ONE.format("import os; assert n or not os.listdir('.'); open('x', 'w').close()"))[1] == 4
     assert capfd.readouterr() == ("", "")
 
 
