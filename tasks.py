@@ -52,6 +52,7 @@ import random
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -1020,7 +1021,7 @@ def work(*pipes):
     for name, limit in ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("NOFILE", 64), ("CPU", 9), ("CORE", 0), ("NPROC", 0):
         try:
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-        except (OSError, ValueError):  # macOS has its own ideas; a lower limit stays
+        except (OSError, ValueError):  # a limit that is lower already; some on macOS
             pass
     for line in requests:
         space = {"__name__": "answer"}
@@ -1046,14 +1047,17 @@ def work(*pipes):
 def sandbox(source=inspect.getsource(work)):
     """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
     source += "import sys\nwork(*map(int, sys.argv[1:]))"
-    python = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source]
-    bwrap = ("bwrap --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts --cap-drop "
-             "ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split() + [os.path.dirname(python[0])]
+    python, tool = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source], shutil.which("bwrap")
+    bwrap = (f"{tool} --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
+             "--unshare-cgroup-try --cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split()
+    bwrap += [os.path.dirname(python[0])]
     bwrap += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)  # to become nobody
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
         bwrap += ["--ro-bind-try", path, path]
+    for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
+        bwrap += ["--size", "4096", "--tmpfs", path]
     bwrap += ["--remount-ro", "/", *python]
-    if shutil.which("bwrap") and not subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True).returncode:
+    if tool and subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True, env={}).returncode == 0:
         return bwrap
     print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing or may not "
           "work here) such code can use the network and this user's files and processes, and may outlive the run.")
@@ -1088,11 +1092,9 @@ def run_tests(jobs):
         return verdicts[:len(tests)]
 
     command, folder = sandbox(), tempfile.mkdtemp()
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(run_pair, jobs))
-    finally:
-        subprocess.run(["rm", "-rf", folder])  # also what is nested too deeply for Python
+    with contextlib.ExitStack() as last, ThreadPoolExecutor(os.cpu_count()) as pool:
+        last.callback(subprocess.run, ["rm", "-rf", folder])  # Python's own ways fail where folders nest too deeply
+        return list(pool.map(run_pair, jobs))
 
 
 def parse_python(text):

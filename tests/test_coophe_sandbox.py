@@ -61,8 +61,8 @@ ATTACKS_ON_BUBBLEWRAP = {
     "all processes": "import os\nos.kill(-1, 9)\nos._exit(0)", "write in Python": "import os\nopen(os.__file__, 'a')", "write in the root": "open('/x', 'w')",
     "a device": "import os\nos.mknod('x', 0o60666, 0x801)", "hostname": "import socket\nsocket.sethostname('x')", "/proc": "import os\nos.listdir('/proc/1')",
     "read a file": "open('FOLDER/canary').read()", "write in /dev": "open('/dev/shm/x', 'w')", "chroot": "import os\nos.chroot('/tmp')",
-    "read passwords": "open('/etc/passwd')", "write a file": "open('FOLDER/x', 'w')", "shadow": "open('/etc/shadow')"}
-BWRAP = tasks.sandbox()[0] == "bwrap"
+    "read packages": "import glob, os\nassert glob.glob(os.path.dirname(os.__file__) + '/site-packages/*/*')", "read passwords": "open('/etc/passwd')", "write a file": "open('FOLDER/x', 'w')", "shadow": "open('/etc/shadow')"}
+BWRAP = tasks.sandbox()[0].endswith("bwrap")
 bubblewrap = pytest.mark.skipif(not BWRAP, reason="bubblewrap is missing or may not work here")
 
 
