@@ -1013,7 +1013,7 @@ def work(*pipes):
 
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", 1)
     os.dup2(2, 0), os.dup2(2, 1)  # nothing else is read, and output goes nowhere
-    if pipes:
+    if pipes:  # to and from an answer: this is its judge
         import ast, signal, time
         to_answer, from_answer = os.fdopen(pipes[0], "w", 1), os.fdopen(pipes[1])
     if os.geteuid() == 0:  # becomes nobody: root may have any number of processes
@@ -1027,7 +1027,7 @@ def work(*pipes):
         space = {"__name__": "answer"}
         try:
             match unpack(eval(line)):
-                case seconds, end, module, context, test:  # for the judge
+                case seconds, end, module, context, test:
                     signal.setitimer(signal.ITIMER_REAL, min(seconds, end - time.monotonic()))  # ends this process
                     ask(module)
                     space["candidate"] = lambda *args, **kwargs: ask((args, kwargs))
@@ -1050,8 +1050,7 @@ def sandbox(source=inspect.getsource(work)):
     python, tool = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source], shutil.which("bwrap")
     bwrap = (f"{tool} --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
              "--unshare-cgroup-try --cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split()
-    bwrap += [os.path.dirname(python[0])]
-    bwrap += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)  # to become nobody
+    bwrap += [os.path.dirname(python[0])] + ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
         bwrap += ["--ro-bind-try", path, path]
     for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
@@ -1065,10 +1064,7 @@ def sandbox(source=inspect.getsource(work)):
 
 
 def run_tests(jobs):
-    """For each (context, module, tests) a string with a 1 for every test that passes and a 0 for every other one.
-
-    After a test that ends the answer's process the next ones still run, after one that takes too long they do not.
-    """
+    """For each (context, module, tests) a 1 for every test that passes, 0 for others; the first time-out ends them."""
     def start(*pipes):
         return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
                                 stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
