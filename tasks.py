@@ -42,6 +42,8 @@ import ast
 import contextlib
 import copy
 import fcntl
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -50,12 +52,15 @@ import random
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -792,115 +797,119 @@ class ArXiv(Writing):
 FUNCTION_NODES, IMPORT_NODES = (ast.FunctionDef, ast.AsyncFunctionDef), (ast.Import, ast.ImportFrom)
 MAX_ANSWER = 20_000  # characters; to parse a literal of millions takes longer than all tests
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
-# Model-written code runs only here: one process per batch, in it one worker per core, which forks once per test. On
-# Linux a test starts no process; with namespaces it has no network, writes only to its own folder in 64 MB of memory,
-# and all else in its process namespace is killed after it; elsewhere its limits and its process group remain. A
-# test passes by sending a token after its last line, so exit(0) is no pass. Not prevented: reading files, inspecting
-# the caller's frames, an __eq__ that is always true; without namespaces, whatever the trainer's own user may do.
-# Numbers: unshare 0x50020000 are CLONE_NEWUSER, NEWNET and NEWNS, 0x20000000 is CLONE_NEWPID; system call 442 is
-# mount_setattr; prctl 1, 4, 22 and 38 set PDEATHSIG, DUMPABLE, SECCOMP and NO_NEW_PRIVS.
-SANDBOX = """
-import bisect, collections, copy, ctypes, datetime, functools, hashlib, heapq, itertools, json, math, operator, os
-import random, re, resource, select, shutil, statistics, string, struct, sys, time, typing  # once, for all tests
-from contextlib import suppress
-jobs, (per_test, per_pair), libc = *json.load(sys.stdin), ctypes.CDLL(None)
-null, (queue, feed), folder = os.open(os.devnull, os.O_RDWR), os.pipe(), os.getcwd().encode()
-call = lambda name, *args: getattr(libc, name)(*args) if hasattr(libc, name) else -1
-user, group = os.getuid(), os.getgid()
-isolated = call("unshare", 0x50020000) == 0  # user, network and mounts, which become read-only but for this folder
-if isolated:
-    for file, text in ("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1"):
-        with suppress(OSError), open("/proc/self/" + file, "w") as out:
-            out.write(text)
-    libc.mount(folder, folder, None, 4096, None)
-    libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(1, 0), 32)
-    if libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"size=64m,nr_inodes=9999"):
-        libc.syscall(442, -100, folder, 0, (ctypes.c_uint64 * 4)(0, 1), 32)
-    os.chdir(folder)
-call("prctl", 4, 0)  # tests cannot open the sandbox's files in /proc, above all its output
-# clone, fork, vfork, clone3 (RLIMIT_NPROC does not count root's), memfd_create, mkdir and mkdirat (endlessly deep) fail
-arch, numbers = {"x86_64": (0xC000003E, (56, 57, 58, 435, 319, 83, 258)),
-                 "aarch64": (0xC00000B7, (220, 435, 279, 34))}.get(os.uname().machine, (0, ()))
-bpf = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (6, 0, 0, 0), (0x20, 0, 0, 0)]  # the seccomp filter's instructions
-for number in numbers:
-    bpf += [(0x15, 0, 1, number), (6, 0, 0, 0x50001)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in [*bpf, (6, 0, 0, 0x7fff0000)]))
-program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(bpf) + 1, ctypes.addressof(code)))
-def run(module, name, test, folder, send, token, execute=exec, write=os.write):  # bound now: answers may replace both
-    os.setsid()
-    [os.dup2(null, fd) for fd in range(3)], os.closerange(3, send), os.closerange(send + 1, 256)
-    os.mkdir(folder), os.chmod(folder, 0o777), os.chdir(folder)
-    if os.geteuid() == 0 and not isolated:
-        os.setgroups([]), os.setgid(65534), os.setuid(65534)
-    for what, limit in ("CPU", int(per_test) + 1), ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("CORE", 0), ("NPROC", 0):
-        with suppress(AttributeError, OSError, ValueError):
-            resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
-    call("prctl", 1, 9)
-    if numbers:
-        call("prctl", 38, 1, 0, 0, 0), call("prctl", 22, 2, program)
-    namespace, test = {"__name__": "answer"}, compile(test, "test", "exec")
-    execute(module, namespace)
-    namespace["candidate"] = namespace[name]
-    execute(test, namespace)
-    write(send, token)
-def passes(module, name, test, folder, limit):
-    token, (verdict, send) = os.urandom(16), os.pipe()
-    if not (pid := os.fork()):
+
+
+def work(*pipes):
+    """Runs in a process of its own: holds an answer or, given pipes to such a process, tests it, but never both.
+
+    So a test passes only if the answer computed its values. Only data of built-in types gets across, subclasses become
+    their base: no generator, Fraction or function, no int of over 4300 digits, and no change of an argument.
+    """
+    import builtins, os, resource
+    kinds = {int: int.__repr__, float: float.__repr__, complex: complex.__repr__, str: str.__str__, dict: dict.items}
+    kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list)
+    kinds |= {e: str for e in vars(builtins).values() if isinstance(e, type) and issubclass(e, BaseException)}
+    names = {kind.__name__: kind for kind in kinds}
+
+    def pack(value):  # (1, "a") becomes ("tuple", [("int", "1"), ("str", "a")])
+        for kind in () if isinstance(value, bool) else type(value).__mro__:
+            if kind in kinds:
+                parts = kinds[kind](value)
+                return kind.__name__, parts if isinstance(parts, str) else [*map(pack, parts)]
+        return value
+
+    def unpack(data):
+        name, parts = data if isinstance(data, tuple) else ("", data)
+        return names[name](parts if isinstance(parts, str) else map(unpack, parts)) if name else data
+
+    def ask(request):
+        print(ascii(pack(request)), file=to_answer)
+        reply = from_answer.readline(10 ** 7)
+        result = unpack(ast.literal_eval(reply)) if reply.endswith("\n") else os._exit(0)  # the process is gone
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", 1)
+    os.dup2(2, 0), os.dup2(2, 1)  # nothing else is read, and output goes nowhere
+    if pipes:  # to and from an answer: this is its judge
+        import ast, signal, time
+        to_answer, from_answer = os.fdopen(pipes[0], "w", 1), os.fdopen(pipes[1])
+    if os.geteuid() == 0:  # becomes nobody: root may have any number of processes
+        os.chmod(".", 0o777), os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    for name, limit in ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("NOFILE", 64), ("CPU", 9), ("CORE", 0), ("NPROC", 0):
         try:
-            run(module, name, test, folder, send, token)
-        finally:
-            os._exit(1)
-    os.close(send)
-    passed = bool(select.select([verdict], [], [], limit)[0]) and os.read(verdict, 16) == token
-    os.close(verdict)
-    for kill, target in [(os.kill, pid), (os.killpg, pid), (os.kill, -1)][:3 if os.getpid() == 1 else 2]:
-        with suppress(OSError):
-            kill(target, 9)
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, 0):
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        except (OSError, ValueError):  # a limit that is lower already; some on macOS
             pass
-    shutil.rmtree(folder, ignore_errors=True)
-    return passed
-for _ in range(min(os.cpu_count() or 1, len(jobs))):
-    if os.fork():
-        continue
-    os.close(feed)
-    call("prctl", 1, 9)  # dies with its parent
-    if isolated and call("unshare", 0x20000000) == 0 and os.fork():
-        os.wait(), os._exit(0)  # its child is pid 1 of the new namespace, so that the tests cannot kill it
-    call("prctl", 1, 9)
-    while message := os.read(queue, 4):
-        number, deadline, verdicts = int.from_bytes(message, "big"), time.monotonic() + per_pair, ""
-        for n, test in enumerate(jobs[number][2]):
-            limit = min(per_test, deadline - time.monotonic())
-            verdicts += "01"[limit > 0 and passes(*jobs[number][:2], test, f"{number}.{n}", limit)]
-        os.write(1, f"{number} {verdicts}\\n".encode())
-    os._exit(0)
-os.close(queue)
-with suppress(BrokenPipeError, ChildProcessError):  # raised when all workers have died, or are done
-    [os.write(feed, number.to_bytes(4, "big")) for number in range(len(jobs))], os.close(feed)
-    while os.wait():
-        pass
-"""
+    for line in requests:
+        space = {"__name__": "answer"}
+        try:
+            match unpack(eval(line)):
+                case seconds, end, module, context, test:
+                    signal.setitimer(signal.ITIMER_REAL, min(seconds, end - time.monotonic()))  # ends this process
+                    ask(module)
+                    space["candidate"] = lambda *args, **kwargs: ask((args, kwargs))
+                    exec(context, space)
+                    result = exec(test, space)
+                case str(module):
+                    result = exec(module, loaded := space)
+                case args, kwargs:
+                    result = loaded["candidate"](*args, **kwargs)
+            reply = ascii(pack(result))
+        except BaseException as error:
+            reply = ascii(pack(error))
+        print(reply, file=replies)
+
+
+@functools.cache
+def sandbox(source=inspect.getsource(work)):
+    """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
+    source += "import sys\nwork(*map(int, sys.argv[1:]))"
+    python, tool = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source], shutil.which("bwrap")
+    bwrap = (f"{tool} --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
+             "--unshare-cgroup-try --cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split()
+    bwrap += [os.path.dirname(python[0])] + ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)
+    for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
+        bwrap += ["--ro-bind-try", path, path]
+    for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
+        bwrap += ["--size", "4096", "--tmpfs", path]
+    bwrap += ["--remount-ro", "/", *python]
+    if tool and subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True, env={}).returncode == 0:
+        return bwrap
+    print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing or may not "
+          "work here) such code can use the network and this user's files and processes, and may outlive the run.")
+    return python
 
 
 def run_tests(jobs):
-    """For each (module, name, tests) a string with a 1 for every test that passes and a 0 for every other one."""
-    command = [sys.executable, "-I", "-S", "-c", SANDBOX]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:  # the output goes to a file, so that no test can fill the trainer's memory with it
-            code = subprocess.run(command, input=json.dumps([jobs, TIME_LIMITS]).encode(),
-                                  stdout=out, stderr=out, cwd=folder, env={}, start_new_session=True,
-                                  timeout=10 + TIME_LIMITS[1] * len(jobs)).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        out.seek(0)
-        output = out.read(1 << 24).decode(errors="replace")
-    assert code <= 0, f"the sandbox for model-written code does not run here:\n{output}"
-    verdicts = {int(number): digits for number, digits in re.findall(r"^(\d{1,6}) ([01]+)$", output, re.M)}
-    if len(jobs) == 1:  # a pair that kills its sandbox even when it is alone in it has failed
-        return [verdicts.get(0, "0" * len(jobs[0][2]))]
-    return [verdicts[n] if n in verdicts else run_tests([job])[0] for n, job in enumerate(jobs)]
+    """For each (context, module, tests) a 1 for every test that passes, 0 for others; the first time-out ends them."""
+    def start(*pipes):
+        return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
+                                stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
+                                cwd=tempfile.mkdtemp(dir=folder))
+
+    def run_pair(job):
+        (context, module, tests), verdicts, end = job, "", time.monotonic() + TIME_LIMITS[1]
+        while len(verdicts) < len(tests):
+            answer, output = start(), b""
+            judge = start(answer.stdin.fileno(), answer.stdout.fileno())
+            answer.stdin.close(), answer.stdout.close()  # the judge has them
+            requests = [ascii([TIME_LIMITS[0], end, module, context, test]) for test in tests[len(verdicts):]]
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the judge ends itself, unless somebody stopped it
+                output = judge.communicate("\n".join(requests).encode(), 2 * TIME_LIMITS[1])[0]
+            for process in answer, judge:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            verdicts += "".join("01"[line == b"None"] for line in output.splitlines())
+            verdicts += "0" * (len(tests) if judge.returncode else 1)
+        return verdicts[:len(tests)]
+
+    command, folder = sandbox(), tempfile.mkdtemp()
+    with contextlib.ExitStack() as last, ThreadPoolExecutor(os.cpu_count()) as pool:
+        last.callback(subprocess.run, ["rm", "-rf", folder])  # Python's own ways fail where folders nest too deeply
+        return list(pool.map(run_pair, jobs))
 
 
 def parse_python(text):
@@ -989,7 +998,7 @@ def coophe_tests(test):
 
 
 def coophe_rewards(triples):
-    """coophe_reward of many (item, aux, main), all judged in one sandbox."""
+    """coophe_reward of many (item, aux, main), as many at a time as there are cores."""
     results, jobs, judged = [], [], []
     for item, aux_answer, main_answer in triples:
         name, tests = item["entry_point"], coophe_tests(item["test"])
@@ -1010,7 +1019,8 @@ def coophe_rewards(triples):
             result["level"] = f"syntax error: {error}"
         else:
             result["reward"] += 0.5
-            jobs.append([module, name, tests])
+            context = "\n".join([*context, "import math", f"{name} = candidate"])
+            jobs.append([context, f"{module}\ncandidate = {name}", tests])
             judged.append((result, tests, aux_bonus(main_node) if aux_node else 0.0))
     for (result, tests, bonus), verdicts in zip(judged, run_tests(jobs) if jobs else []):
         result["passed"] = verdicts.count("1")

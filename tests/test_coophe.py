@@ -1,15 +1,10 @@
-"""coophe: what two answers earn, how functions are found in them, and what model-written code cannot do."""
-import shutil
-import socket
-import subprocess
+"""coophe: what two answers earn, how functions are found in them, and what cannot be read (test_coophe_sandbox.py: attacks)."""
 
 import pytest
 
 import tasks
 from tasks import coophe_reward, coophe_rewards
 
-apart = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run(["unshare", "-Unm", "true"]).returncode != 0,
-                           reason="this needs namespaces, which Linux may refuse")
 ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n    """Squares below n, plus one."""\n',
         "entry_point": "f",
         "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(0) == []\n"
@@ -114,61 +109,6 @@ def test_what_a_test_or_an_answer_may_use():
                   (ITEM, before + AUX.replace("n *", "re.I and n *") + after, MAIN, 4.0)]
     for case, result in zip(cases, coophe_rewards([case[:3] for case in cases])):
         assert result["reward"] == pytest.approx(case[3], abs=1e-9), case
-
-
-CRASHES = ["import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "f(n)",
-    "raise MemoryError", "x = bytes(3 << 30)", "import ctypes; ctypes.string_at(0)", "import os; os.abort()",
-    "import os; os.kill(os.getpid(), 9); os._exit(0)", "input()", "open('big', 'w').write('x' * 10 ** 7)",
-    "import os; [os.fork() for _ in range(4)]; os._exit(0)", "import os; os.closerange(0, 999)",
-    "import os; os.write(1, b'0 1111\\n' * 9); os._exit(0)", "import os; os.kill(os.getppid(), 9); os._exit(0)",
-    "import os; [(os.mkdir('d'), os.chdir('d')) for _ in range(2000)]; os._exit(0)"]
-
-
-def test_what_crashes_fails_and_its_neighbours_do_not():
-    """The first answers crash in every test, the next ones in the test with n = 2 only, the last one is fine."""
-    *results, fine = passed(*CRASHES, *[f"if n == 2: {first}" for first in CRASHES], "pass")
-    assert fine == 4 and results[:len(CRASHES)] == [0] * len(CRASHES)
-    once = dict(zip(CRASHES, results[len(CRASHES):]))
-    assert all(count == 3 or "getppid" in first for first, count in once.items())  # without namespaces that kills the whole pair
-
-
-@apart
-def test_no_network_no_files_elsewhere_no_crowd_of_processes_or_files(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert passed(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)",
-                      f"open({str(tmp_path / 'x')!r}, 'w')", "import os, time; [os.fork() or time.sleep(1) for _ in range(300)]",
-                      "[open(str(i), 'wb').write(b'x' * 990000) for i in range(300)]", "pass") == [0, 0, 0, 0, 4]
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_pass_cannot_be_faked():
-    """Not by replacing what the sandbox calls, nor by writing verdicts into the files that other processes have open."""
-    tricks = ["builtins').__dict__.update(exec=lambda *a: None)", "os').__dict__.update(write=lambda *a: 16)",
-              "builtins').__dict__.update(AssertionError=None, compile=lambda *a: 'pass')"]
-    triples = [(ITEM, f"def aux(n, _=__import__('{trick}):\n    return n", "def f(n):\n    return 'no' + str(aux)") for trick in tricks]
-    assert [(result["passed"], result["level"][:6]) for result in coophe_rewards(triples)] == [(0, "failed")] * 3
-    forge = ("import contextlib, glob\n    for name in glob.glob('/proc/[0-9]*/fd/*'):\n        with contextlib.suppress(OSError):\n"
-             "            open(name, 'ab').write(b'0 1111\\n1 1111\\n')\n    1 / 0")
-    assert passed(forge, forge) == [0, 0]
-
-
-def test_an_answer_runs_alone(monkeypatch, capfd):
-    """Without the trainer's environment, in an empty folder, with output that goes nowhere, anew for every test."""
-    monkeypatch.setenv("A_SECRET", "1")
-    assert passed("import os, sys; assert 'A_SECRET' not in os.environ and sys.flags.isolated", "print('x' * 10 ** 7)",
-                  "import os; assert not os.listdir('.'); open('x', 'w').close()",
-                  "f.calls = getattr(f, 'calls', 0) + 1; assert f.calls == 1") == [4, 4, 4, 4]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_what_hangs_fails_alone_and_leaves_nothing_behind(monkeypatch):
-    named = "import ctypes, os, time; ctypes.CDLL(None).prctl(15, b'left behind')"  # the name of this process
-    stays = f"{named}\n    if n == 2 and os.fork():\n        os.wait()\n    elif n == 2:\n" \
-            "        os.setsid(), os.fork() or time.sleep(1000), os._exit(0)"
-    assert passed("while n == 2: pass", stays, "pass")[::2] == [3, 4]
-    assert not subprocess.run("cat /proc/[0-9]*/comm | grep 'left behind'", shell=True, capture_output=True).stdout
-    monkeypatch.setattr(tasks, "TIME_LIMITS", (9.0, 1.5))  # for a test, and for all tests of a pair
-    assert passed("import time; time.sleep(2 * n)") == [1]  # n is 0, 2, 3, 1: tests passed in time count
 
 
 def test_no_answer_stops_the_trainer():
