@@ -2,7 +2,6 @@
 
 import pytest
 
-import tasks
 from tasks import coophe_reward, coophe_rewards
 
 ITEM = {"prompt": 'from typing import List\n\n\ndef f(n: int) -> List[int]:\n    """Squares below n, plus one."""\n',
