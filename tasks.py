@@ -1190,12 +1190,13 @@ def read_jsonl(path, check):
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text.") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(map(str.strip, lines), 1):
         try:
-            record = json.loads(line) if line.strip() else None
-            if line.strip() and (not isinstance(record, dict) or record.get("split", "train") not in [*items]):
+            record = json.loads(line or "{}")
+            if not isinstance(record, dict) or record.get("split", "train") not in [*items]:
                 raise InputError('a line must be one whole JSON object whose "split", if any, is "train" or "eval"')
-            if record:
+            json.dumps(record, ensure_ascii=False).encode()  # half a character, such as "\ud800", is a ValueError
+            if line:
                 items[record.get("split", "train")].append(check(record))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: not one JSON object per line: {error.msg}") from None
