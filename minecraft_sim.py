@@ -24,6 +24,7 @@ One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 backgro
 import argparse
 import collections
 import itertools
+import os
 import re
 import signal
 import string
@@ -358,6 +359,7 @@ def draw(plan, world, color=False):
     """The plan's rows, then a legend: a capital letter per block, in lower case if it is stray, "." if one is missing;
     in colour two terminal columns per cell, with a red xx if it is stray, a dim [] if one is missing."""
     target, grid = plan
+    color = color and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
     marks, missing, blank = {}, *(("\x1b[2m[]\x1b[0m", "  ") if color else (".", " "))
     for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # same letters in every picture
@@ -411,10 +413,7 @@ def draw_svg(plan, world, title=""):
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 
 def scripted_builders(target_rows):
-    """Two answers: agent 0 fills the cells with even x + y, agent 1 the odd; each alternates its two blocks.
-
-    They are perfect for every letter but X and Y, which have too few odd cells for two blocks.
-    """
+    """Two answers, perfect but for X and Y: agent 0 fills cells with even x + y, agent 1 odd ones, blocks by turns."""
     answers = [[], []]
     for x, y, z in target_cells(target_rows):
         lines, palette = answers[(x + y) % 2], PALETTES[(x + y) % 2]

@@ -195,13 +195,18 @@ def log_text(line, keys):
     return " | ".join(f"{key.removeprefix('train/').removeprefix('eval/')} {text(line[key])}" for key in keys)
 
 
+def printable(text):
+    """Text whose control characters are spelled out, so that it cannot steer a terminal; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def dialogue(task, episode, color):
     """A whole episode as text, turn by turn: what each agent was told and answered, the world and the reward."""
     lines = []
     for t, turn in enumerate(episode.turns):
         for agent, response in enumerate(turn.responses):
-            prompt = " ".join(history(task, Episode(episode.item, episode.turns[:t]), agent)[-1]["content"].split())
-            answer = response.strip().splitlines() or ["(nothing)"]
+            told = history(task, Episode(episode.item, episode.turns[:t]), agent)[-1]["content"]
+            prompt, answer = printable(" ".join(told.split())), printable(response.strip() or "(nothing)").split("\n")
             suffix = f" ... {len(answer)} lines" if len(answer) > 4 else ""
             lines += [f"turn {t} | agent {agent} is told: {prompt if len(prompt) < 100 else prompt[:80] + ' ...'}",
                       f"       | agent {agent} answers: {'; '.join(answer[:4])}{suffix}"]
@@ -1138,7 +1143,7 @@ class CoopHE(Task):
         return outcomes
 
     def draw(self, item, world, color=False):
-        return world  # the level
+        return printable(world)  # the level
 
     # the sloppy expert: how it divides the work is a habit, good or bad
 
@@ -1275,8 +1280,9 @@ class Run:
     """
     # what --resume may change (with another number of steps the learning rate follows another schedule)
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
-                  "threads", "micro_batch", "gradient_checkpointing", "compile"}
-    eval_must_match = {"algorithm", "task", "world", "model", "num_agents", "lora_rank"}  # the agents depend on them
+                  "threads", "micro_batch", "gradient_checkpointing", "compile",
+                  "data", "model"}  # but not the items and the weights, of which checksums are kept
+    eval_must_match = {"algorithm", "task", "world", "num_agents", "lora_rank"}  # the agents depend on them
     own_files = r"agent_\d+|critic(_\d+)?|(config.json|log.jsonl|samples.txt|train_state.pt)(.part)?|.saving-.*|.lock"
 
     def __init__(self, args, rank):
@@ -1312,8 +1318,8 @@ class Run:
         if not (args.resume or args.overwrite or args.eval_only):
             raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
         keys = self.eval_must_match if args.eval_only else vars(args).keys() - self.may_change
-        changes = [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in vars(args).items()
-                   if key in keys and saved.get(key) != value]
+        changes = ["the items differ" if key == "items" else f"{key} {saved.get(key)!r} -> {value!r}"
+                   for key, value in vars(args).items() if key in keys and saved.get(key) != value]
         if changes and not args.overwrite:
             raise InputError(f"{args.out_dir} was made with other settings: {', '.join(changes)}.")
 

@@ -239,3 +239,20 @@ def test_numbers_that_a_judge_must_not_give():
                                    (0.5, {"b": 1}, r"parts are \['b'\] at turn 3 and were \['a'\]"), (0.5, {}, "parts are")]:
         with pytest.raises(tasks.InputError, match=message):
             task.outcome(reward, 50, parts, 3, False)
+
+
+def test_what_agents_write_cannot_steer_a_terminal(monkeypatch):
+    task, item = get_task("tldr"), {"prompt": "Post\x1b[2J"}
+    answers = ["red\x1b]0;x\x07\nline two", "\r\x9b1m\u202eblue"]
+    e = Episode(item, [Turn(None, None, None, answers, task.judge(item, answers, 0))])
+    shown = tasks.dialogue(task, e, True)
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert "red\\x1b]0;x\\x07; line two" in shown and "Post\\x1b[2J" in shown
+    plan = sim.wall_plan(["#"])
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b" in sim.draw(plan, {}, True)
+    for name, value in [("NO_COLOR", "1"), ("TERM", "dumb")]:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert "\x1b" not in sim.draw(plan, {}, True)
