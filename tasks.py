@@ -1365,7 +1365,7 @@ class Run:
         for name, kept, new in ("log.jsonl", self.lines, lines), ("samples.txt", self.samples, samples):
             kept += new
             if not self.rank:
-                with open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
+                with exit_on_error(), open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
                     file.writelines(new)
 
     def catch_interrupts(self):
