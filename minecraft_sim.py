@@ -28,7 +28,6 @@ import os
 import re
 import signal
 import string
-import sys
 from html import escape
 
 # --- the target: a string as a wall of cells --------------------------------------------------------------------------
@@ -433,16 +432,16 @@ def main():
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
                 file.write(draw_svg(wall_plan(rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
+        for agent, response in enumerate(responses):
+            print(f"agent {agent} has {' and '.join(PALETTES[agent])}; answers: {' '.join(response.split()[:5])}")
+        print("\n" + draw(wall_plan(rows), world, os.isatty(1)) + "\n")
+        for part, weight in dict(coverage=2, extra_ratio=-1.5, adjacent_same_ratio=-1, missing_palettes=-0.25).items():
+            print(f"{weight:+5} x {part:20} {score[part]:.3f}")
+        print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, accepted {score['accepted']}, "
+              f"rejected {[len(lines) for lines in rejected]}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-    for agent, response in enumerate(responses):
-        print(f"agent {agent} has {' and '.join(PALETTES[agent])}; its answer begins: {' '.join(response.split()[:5])}")
-    print("\n" + draw(wall_plan(rows), world, sys.stdout.isatty()) + "\n")
-    for part, weight in dict(coverage=2, extra_ratio=-1.5, adjacent_same_ratio=-1, missing_palettes=-0.25).items():
-        print(f"{weight:+5} x {part:20} {score[part]:.3f}")
-    print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, commands accepted {score['accepted']}, "
-          f"rejected {[len(lines) for lines in rejected]}")
 
 
 if __name__ == "__main__":

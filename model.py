@@ -591,8 +591,9 @@ def main():
         agents = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--agent", str(i)], text=True, bufsize=1,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE) for i in range(task.num_agents)]
         episode = play(task, item, agents)
-    print(dialogue(task, episode, sys.stdout.isatty()))
-    print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
+        print(dialogue(task, episode, os.isatty(1)))
+        print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns", flush=True)
 
 
 if __name__ == "__main__":

@@ -1409,17 +1409,17 @@ def main():
         outcome = task.judge(episode.item, responses, 0)
         if args.svg:
             write_text(args.svg, task.draw_svg(episode.item, outcome.world))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-    for agent, response in enumerate(responses):
-        print(f"--- agent {agent}")
-        for message in history(task, episode, agent):
-            print(f"{message['role']:>9}: {message['content']}")
-        print("  answers: " + response.strip().replace("\n", f"\n{'':11}"))
-        print(f"  is told: {outcome.feedback[agent]}")
-    print("\n" + task.draw(episode.item, outcome.world, color=sys.stdout.isatty()) + "\n")
-    for name, number in outcome.parts.items():
-        print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
-    print(f"training reward {outcome.reward:.3f}, score {outcome.score:.1f}, done {outcome.done}")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
+        for agent, response in enumerate(responses):
+            print(f"--- agent {agent}")
+            for message in history(task, episode, agent):
+                print(f"{message['role']:>9}: {message['content']}")
+            print("  answers: " + response.strip().replace("\n", f"\n{'':11}"))
+            print(f"  is told: {outcome.feedback[agent]}")
+        print("\n" + task.draw(episode.item, outcome.world, color=os.isatty(1)) + "\n")
+        for name, number in outcome.parts.items():
+            print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
+        print(f"training reward {outcome.reward:.3f}, score {outcome.score:.1f}, done {outcome.done}")
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def evaluate(show):
     if not args.eval_only:
         run.log(line, [f"{e.item}\n{dialogue(task, e, False)}" for e in episodes[:4]])
     for e in episodes[:show]:
-        print(f"\n=== {e.item}\n{dialogue(task, e, sys.stdout.isatty())}")
+        print(f"\n=== {e.item}\n{dialogue(task, e, os.isatty(1))}")
     keys = ["step", *(key for key in line if key.startswith("eval/"))]
     tqdm.write(f"eval {log_text(line, keys)} | {time.time() - started:.1f} s")
 
