@@ -116,7 +116,7 @@ def test_a_diff_of_two_scripts_is_the_algorithm():
 @pytest.mark.parametrize("script, critics", list(zip(SCRIPTS, [["critic"], ["critic_0", "critic_1"], []])))
 def test_a_run_writes_what_it_promises(script, critics, whole):
     folder = whole(script)
-    files = {"config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", *critics}
+    files = {".lock", "config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", *critics}
     assert {*os.listdir(folder)} == files
     config = json.loads((folder / "config.json").read_text())
     assert config["batch_size"] == 4 and config["lr"] == StrBuild.lr and config["versions"]["torch"] == torch.__version__
@@ -376,7 +376,8 @@ def test_interrupted_runs_save_and_resume_as_if_nothing_had_happened(
 
 
 def test_an_interrupted_evaluation_ends_between_its_batches(inside, tmp_path, monkeypatch):
-    arguments, judge_all, calls = ["--steps", 1, "--model", "out/tiny-strbuild"], StrBuild.judge_all, []
+    arguments, judge_all, calls, init = ["--steps", 1], StrBuild.judge_all, [], LanguageModel.__init__
+    monkeypatch.setattr(LanguageModel, "__init__", lambda lm, *args: (init(lm, *args), setattr(lm, "is_small", False))[0])
     whole = inside("train_cc.py", *arguments)["args"].out_dir
     with monkeypatch.context() as patch:
         patch.setattr(StrBuild, "judge_all", lambda self, items, *rest: (
@@ -421,7 +422,7 @@ def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of
             (trap, "train_state.pt cannot be used"), ([1], "train_state.pt cannot be used"),
             *(({key: value for key, value in state.items() if key != gone}, f"it has no '{gone}'") for gone in (
                 "rng", "critic", "actor_optimizer", "adapters", "lines")),
-            (state | {"adapters": {}}, "the saved state lacks the adapters of this model")]:
+            (state | {"adapters": {}}, "the saved state does not hold the adapters")]:
         if isinstance(spoiled, bytes):
             (folder / "train_state.pt").write_bytes(spoiled)
         else:
