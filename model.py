@@ -171,8 +171,7 @@ def save_folder(folder, save):
 def load_tokenizer(name):
     """(tokenizer, id of the token that its chat template puts after an answer, whether that has a system role).
 
-    Gemma ends answers with <end_of_turn>, though its eos_token is <eos>. Models without a template, such as GPT-2, get
-    one of plain text and their eos_token. Raises InputError if the template loses the text of a message.
+    Gemma ends answers with <end_of_turn>, though its eos_token is <eos>; GPT-2, without a template, gets a plain one.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.chat_template is None:
@@ -277,8 +276,10 @@ def optimizer_step(optimizer, parameters):
     """Sum the gradients of all ranks, clip their global norm at 1 and step; returns the norm before clipping."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if dist.is_initialized():
-            dist.all_reduce(p.grad)
+    if dist.is_initialized():
+        flat = torch.nn.utils.parameters_to_vector([p.grad for p in parameters])  # one all-reduce for all tensors
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat, [p.grad for p in parameters])
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not norm < math.inf:
         raise FloatingPointError("a gradient is NaN or infinite; lower learning rates may help.")
@@ -584,7 +585,6 @@ def main():
                 lm.add_adapter("agent", adapter)
                 model = lm.peft.merge_and_unload().to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
                 save_folder(target, lambda path: (model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
-                print(f"{target} is {folder} with {adapter} merged into it")
             return
         task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
         item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
