@@ -178,37 +178,38 @@ def rollout(items, generator):
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 def td_targets(rewards, values):
-    """Targets of one episode's values: V(h_t) + A_t, which is r_t + gamma V(h_t+1) if lambda is 0.
+    """(targets, advantages) of one episode: A_t, and V(h_t) + A_t, which is r_t + gamma V(h_t+1) if lambda is 0.
 
     A_t = TD error + gamma lambda A_t+1: lambda 0 is the paper's, 1 the return minus the value (GAE, arXiv 1506.02438).
-    rewards [1, 2], values [0.5, 1.0] and gamma 0.9 have TD errors [1.4, 1.0], hence targets [1.9, 2.0]; with lambda 1
-    and gamma 1 the targets are the returns [3, 2].
+    Rewards [1, 2], values [0.5, 1.0] and gamma 0.9: TD errors and advantages [1.4, 1.0], hence targets [1.9, 2.0].
     """
-    targets, next_value, advantage = [], 0.0, 0.0  # V after the last turn is 0
+    advantages, next_value, advantage = [], 0.0, 0.0  # V after the last turn is 0
     for reward, value in zip(reversed(rewards), reversed(values)):
         td_error = reward + args.gamma * next_value - value  # r_t + gamma V(h_t+1) - V(h_t)
         advantage = td_error + args.gamma * args.lam * advantage
-        targets.insert(0, value + advantage)
+        advantages.insert(0, advantage)
         next_value = value
-    return targets
+    return [value + advantage for value, advantage in zip(values, advantages)], advantages
 
 
 def set_targets(episodes, returns):
-    """Steps 2 and 4 of the header: V of every history, once, and its target; they are constants from here on."""
+    """Steps 2 to 4 of the header: V of every history, once, its target and its advantage, constants from here on."""
     for c, critic in enumerate(critics):
         if progress["step"] == 0:
             critic.set_scale(returns)
         critic.set_values(episodes, c, args.micro_batch)
         for e in episodes:
-            for turn, target in zip(e.turns, td_targets(e.rewards, [turn.values[c] for turn in e.turns])):
+            targets, advantages = td_targets(e.rewards, [turn.values[c] for turn in e.turns])
+            for turn, target, advantage in zip(e.turns, targets, advantages):
                 turn.targets.append(target)
+                turn.advantages.append(advantage)
 
 
 def set_advantages(episodes):
-    """Step 3 of the header: targets minus values, normalised; returns the values' explained variance, to log."""
+    """Give each agent its critic's advantages, normalised over the step; returns the explained variance, to log."""
     returns, turns = [e.returns(args.gamma) for e in episodes], [turn for e in episodes for turn in e.turns]
     set_targets(episodes, returns)
-    raw = torch.tensor([[turn.targets[c] - turn.values[c] for c in critic_of] for turn in turns])  # (turns, agents)
+    raw = torch.tensor([[turn.advantages[c] for c in critic_of] for turn in turns])  # (turns, agents)
     raw -= raw.mean()
     scaled = raw / (raw.square().mean().sqrt() + 1e-6) * returns_differ(returns)
     for turn, advantages in zip(turns, scaled.tolist()):

@@ -167,7 +167,7 @@ def rollout(items, generator):
 # --- targets and advantages -------------------------------------------------------------------------------------------
 
 def set_targets(episodes, returns):
-    """Steps 2 and 4 of the header: the return of every turn, and its baseline over the episodes that have this turn.
+    """Steps 2 to 4 of the header: the return of every turn, and its baseline over the episodes that have this turn.
 
     Returns [1, 2, 6] have the baselines [3, 3, 3] with "group", [4, 3.5, 1.5] with "loo" and [0, 0, 0] with "none".
     """
@@ -175,18 +175,17 @@ def set_targets(episodes, returns):
         group = list(zip(episodes[k:k + args.group_size], returns[k:k + args.group_size]))
         for t in range(max(len(ret) for _, ret in group)):
             own = [(e.turns[t], ret[t]) for e, ret in group if len(ret) > t]
-            group_mean, others = mean(ret for _, ret in own), max(1, len(own) - 1)
+            average, others = mean(ret for _, ret in own), max(1, len(own) - 1)
             for turn, ret in own:
-                turn.targets.append(ret)
-                turn.values.append({"group": group_mean, "loo": group_mean - (ret - group_mean) / others,
-                                    "none": 0.0}[args.baseline])
+                baseline = {"group": average, "loo": average - (ret - average) / others, "none": 0.0}[args.baseline]
+                turn.targets, turn.values, turn.advantages = [ret], [baseline], [ret - baseline]
 
 
 def set_advantages(episodes):
-    """Step 3 of the header: targets minus values, normalised; returns the values' explained variance, to log."""
+    """Give each agent its critic's advantages, normalised over the step; returns the explained variance, to log."""
     returns, turns = [e.returns(args.gamma) for e in episodes], [turn for e in episodes for turn in e.turns]
     set_targets(episodes, returns)
-    raw = torch.tensor([[turn.targets[0] - turn.values[0] for i in agents] for turn in turns])  # (turns, agents)
+    raw = torch.tensor([[turn.advantages[0] for i in agents] for turn in turns])  # (turns, agents)
     raw = raw.round(decimals=6)  # equal returns give exactly 0; centering would be another baseline
     scaled = raw / (raw.square().mean().sqrt() + 1e-6) * returns_differ(returns)
     for turn, advantages in zip(turns, scaled.tolist()):

@@ -168,7 +168,7 @@ def test_each_agent_has_the_advantage_of_its_own_critic(inside):
         torch.nn.init.constant_(critic.head.bias, bias)
         torch.nn.init.zeros_(critic.head.weight)
     for turn in [turn for e in run["episodes"] for turn in e.turns]:
-        turn.values, turn.targets = [], []
+        turn.values, turn.targets, turn.advantages = [], [], []
     run["set_advantages"](run["episodes"])
     (m0, m1), (s0, s1) = run["critics"][0].mean.tolist(), run["critics"][0].std.tolist()
     raw = torch.tensor([[e.rewards[0] + 0.9 * (m1 + b * s1) - (m0 + b * s0) for b in (0.5, -2.0)] if t == 0 else
