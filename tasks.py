@@ -64,7 +64,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean as mean
 
 from tqdm import tqdm
 
@@ -163,27 +162,6 @@ def minibatches(episodes, group_size, num_minibatches, rng):
     rng.shuffle(groups)
     size = -(-len(groups) // num_minibatches)  # rounded up
     return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
-
-
-def summary(episodes, prefix, gamma, ends):
-    """Means over episodes, by log key; the return is discounted from the first turn on.
-
-    ends: the tokens that end an answer of each agent's model, a set.
-
-    Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
-    """
-    turns = [turn for e in episodes for turn in e.turns]
-    answers = [tokens for turn in turns for tokens in turn.tokens]
-    last = [e.turns[-1].outcome for e in episodes]
-    numbers = {
-        "return": mean(e.returns(gamma)[0] for e in episodes),
-        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
-        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
-        "truncated": mean(tokens[-1] not in end for turn in turns for tokens, end in zip(turn.tokens, ends))}
-    if prefix == "eval":  # the components of the last turn's reward
-        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
-                    if not isinstance(number, list) and name not in numbers}
-    return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
 def log_text(line, keys):

@@ -29,10 +29,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from critic import Critic, explained_variance_stats, returns_differ
+from critic import Critic, explained_variance_stats, mean, returns_differ, summary
 from model import all_gather, init_distributed, load_models, memory_gb, optimizer_step, shard
-from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, exit_on_error, get_task, history, log_text, mean,
-                   minibatches, number, summary)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, exit_on_error, get_task, history, log_text,
+                   minibatches, number)
 
 ALGORITHM = "cc"
 
