@@ -208,9 +208,9 @@ def test_a_file_of_ones_own(tmp_path):
     ([b'{"string": "CAT", "split": "test"}'], "line 1"), ([b'{"string": "CAT", "split": ["eval"]}'], "line 1"),
     ([b'{"string": "%s"}' % (b"M" * 65)], "line 1.*at most 64"),                 # it would take seconds to judge
     ([CAT, b'{"string": "cat", "split": "eval"}'], "CAT"),                       # in both
-    ([b'{"string": "CAT", "split": "eval"}'], "no training line"), ([b''], "no training line"),
+    ([b'{"string": "CAT", "split": "eval"}'], "no item to train on"), ([b''], "no item to train on"),
     ([b"[" * 100_000], "line 1"), ([b"9" * 5000], "line 1"),
-    ([rb'{"string": "\ud800"}'], "line 1"), ([CAT, b'{"string": "\xff"}'], "not UTF-8")], ids=range(16))
+    ([rb'{"string": "\ud800"}'], "line 1"), ([CAT, b'{"string": "\xff"}'], "line 2.*UTF-8.*0xff")], ids=range(16))
 def test_a_broken_file_is_named_with_its_line(tmp_path, lines, message):
     (path := tmp_path / "words.jsonl").write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match=rf"words\.jsonl.*{message}") as error:
