@@ -1196,7 +1196,7 @@ def read_hub(sources, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # any, of the network, the hub or the cache
-                raise InputError(f"{name} cannot be loaded; try --data builtin or a file: {first_line(error)}") from None
+                raise InputError(f"{name} cannot be loaded, use --data builtin or FILE: {first_line(error)}") from None
             for number, row in enumerate(rows):
                 try:
                     items.append(check(row))
