@@ -3,9 +3,10 @@ The critic estimates the value of a history: its own LoRA adapter on the shared 
 
 V(h) is computed from the last token's hidden state; no vocabulary logits are computed. CoLLM-CC has one centralized
 critic that reads the joint history, CoLLM-DC one critic per agent that reads that agent's own history. Critics are
-needed only for training; trained agents work without.
+needed only for training; trained agents work without. Here are also the statistics of a step, which the log holds.
 """
 import os
+from statistics import fmean as mean
 
 import torch
 from torch import nn
@@ -47,6 +48,27 @@ def explained_variance_stats(returns, episodes):
             pairs[t] += [(ret[t], value) for value in turn.values]  # one of each critic
     return {"value/explained_variance": explained_variance(*zip(*sum(pairs, []))),
             "value/explained_variance_by_turn": [explained_variance(*zip(*own)) for own in pairs]}
+
+
+def summary(episodes, prefix, gamma, ends):
+    """Means over episodes, by log key; the return is discounted from the first turn on.
+
+    ends: the tokens that end an answer of each agent's model, a set.
+
+    Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
+    """
+    turns = [turn for e in episodes for turn in e.turns]
+    answers = [tokens for turn in turns for tokens in turn.tokens]
+    last = [e.turns[-1].outcome for e in episodes]
+    numbers = {
+        "return": mean(e.returns(gamma)[0] for e in episodes),
+        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
+        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
+        "truncated": mean(tokens[-1] not in end for turn in turns for tokens, end in zip(turn.tokens, ends))}
+    if prefix == "eval":  # the components of the last turn's reward
+        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
+                    if not isinstance(number, list) and name not in numbers}
+    return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
 def critic_messages(histories):

@@ -64,7 +64,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean as mean
 
 from tqdm import tqdm
 
@@ -163,27 +162,6 @@ def minibatches(episodes, group_size, num_minibatches, rng):
     rng.shuffle(groups)
     size = -(-len(groups) // num_minibatches)  # rounded up
     return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
-
-
-def summary(episodes, prefix, gamma, ends):
-    """Means over episodes, by log key; the return is discounted from the first turn on.
-
-    ends: the tokens that end an answer of each agent's model, a set.
-
-    Two episodes with rewards [-1, -2] and [-1] and gamma 0.5 have return -1.5, reward -4/3 and turns 1.5.
-    """
-    turns = [turn for e in episodes for turn in e.turns]
-    answers = [tokens for turn in turns for tokens in turn.tokens]
-    last = [e.turns[-1].outcome for e in episodes]
-    numbers = {
-        "return": mean(e.returns(gamma)[0] for e in episodes),
-        "reward": mean(turn.outcome.reward for turn in turns), "score": mean(outcome.score for outcome in last),
-        "turns": len(turns) / len(episodes), "response_tokens": mean(map(len, answers)),
-        "truncated": mean(tokens[-1] not in end for turn in turns for tokens, end in zip(turn.tokens, ends))}
-    if prefix == "eval":  # the components of the last turn's reward
-        numbers |= {name: mean(outcome.parts[name] for outcome in last) for name, number in last[0].parts.items()
-                    if not isinstance(number, list) and name not in numbers}
-    return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
 def log_text(line, keys):
@@ -1187,28 +1165,20 @@ class CoopHE(Task):
 def read_jsonl(path, check):
     """Read a user's own items, one JSON object per line, as (train, eval); "split": "eval" marks held-out lines.
 
-    check(record) returns the item or raises ValueError. Raises InputError that names the line, and OSError if the file
-    cannot be opened.
+    check(record) returns the item or raises ValueError. Raises InputError that names the line.
     """
     items = {"train": [], "eval": []}
-    try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text.") from None
-    for number, line in enumerate(map(str.strip, lines), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         try:
-            record = json.loads(line or "{}")
-            if not isinstance(record, dict) or record.get("split", "train") not in [*items]:
-                raise InputError('a line must be one whole JSON object whose "split", if any, is "train" or "eval"')
-            json.dumps(record, ensure_ascii=False).encode()  # half a character, such as "\ud800", is a ValueError
-            if line:
+            if text := line.decode("utf-8-sig").strip():
+                record = json.loads(text)
+                json.dumps(record, ensure_ascii=False).encode()  # half a character, as "\ud800", is a ValueError
+                if not isinstance(record, dict) or record.get("split", "train") not in [*items]:
+                    raise InputError('it is none, or its "split" is neither "train" nor "eval"')
                 items[record.get("split", "train")].append(check(record))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not one JSON object per line: {error.msg}") from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-    if not items["train"]:
-        raise InputError(f"{path} has no training line.")
+            raise InputError(f"{path}, line {number} must be an item as one whole JSON object in UTF-8: "
+                             f"{getattr(error, 'msg', error)}") from None  # msg: without json's own line number
     if shared := [item for item in items["eval"] if item in items["train"]]:
         raise InputError(f"{path}: {shared[0]} is both a training line and a held-out line.")
     return items["train"], items["eval"]
@@ -1217,8 +1187,7 @@ def read_jsonl(path, check):
 def read_hub(sources, check):
     """Items of data sets on the Hugging Face hub as (train, eval); sources: [(name, training split, held-out split)].
 
-    At most 128 held-out items, evenly spaced over their split. Rows that check rejects are skipped with a printed note.
-    Raises InputError if the data cannot be loaded, ImportError if the datasets package is missing.
+    At most 128 held-out items, evenly spaced over their split. Rows that check rejects are left out with a note.
     """
     import datasets  # an optional dependency
     train, held_out = [], []
@@ -1227,8 +1196,7 @@ def read_hub(sources, check):
             try:
                 rows = datasets.load_dataset(name, split=split)
             except Exception as error:  # any, of the network, the hub or the cache
-                raise InputError(f"{name} ({split}) cannot be loaded: {first_line(error)}; load it once while "
-                                 "online, or use --data builtin or --data FILE.jsonl.") from None
+                raise InputError(f"{name} cannot be loaded, use --data builtin or FILE: {first_line(error)}") from None
             for number, row in enumerate(rows):
                 try:
                     items.append(check(row))
@@ -1241,36 +1209,30 @@ def read_hub(sources, check):
 def write_atomic(path, write):
     """Call write(temporary path), then rename: a reader sees the old file or the new one, never an incomplete one."""
     try:
-        write(path + ".part")
-        os.replace(path + ".part", path)
-    except Exception as error:  # a full disk, say
-        with contextlib.suppress(OSError):
-            os.remove(path + ".part")
+        write(f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except Exception as error:  # a full disk, say: make room
+        Path(f"{path}.part").unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {first_line(error)}") from None
 
 
-def write_text(path, text):
-    write_atomic(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
-
-
 def number(kind, low, high=math.inf):
-    """A type for argparse: number(int, 1)("0") is an error that says "must be an int of at least 1"."""
+    """A type for argparse: number(int, 1)("0") is an error that says "invalid int of at least 1 value"."""
     def parse(text):
-        value = kind(text) if text.strip() == text else None
-        if value is None or not low <= value <= high or value == math.inf:
+        if not low <= kind(text) <= high or kind(text) == math.inf:  # NaN is not in range either
             raise ValueError
-        return value
+        return kind(text)
     parse.__name__ = f"{kind.__name__} of at least {low}" + (f" and at most {high}" if high < math.inf else "")
     return parse
 
 
 def read_config(out_dir):
     """The settings in a run folder's config.json; InputError if there are none."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         config = json.loads(Path(out_dir, "config.json").read_text(encoding="utf-8"))
-        return config | {"out_dir": out_dir} if config["algorithm"] else None
-    except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"{out_dir} is not a run folder: it has no readable config.json.") from None
+        if "algorithm" in config:  # a model's folder has a config.json too
+            return config
+    raise InputError(f"{out_dir} is not a run folder: it has no readable config.json.")
 
 
 class Run:
@@ -1278,95 +1240,78 @@ class Run:
 
     What log.jsonl and samples.txt hold is a part of train_state.pt: --resume writes them anew, as of the last save.
     """
-    # what --resume may change (with another number of steps the learning rate follows another schedule)
+    # what --resume may change; of the items and the model's weights, checksums are kept
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
-                  "threads", "micro_batch", "gradient_checkpointing", "compile",
-                  "data", "model"}  # but not the items and the weights, of which checksums are kept
-    eval_must_match = {"algorithm", "task", "world", "num_agents", "lora_rank"}  # the agents depend on them
-    own_files = r"agent_\d+|critic(_\d+)?|(config.json|log.jsonl|samples.txt|train_state.pt)(.part)?|.saving-.*|.lock"
+                  "threads", "micro_batch", "gradient_checkpointing", "compile", "data", "model"}
+    team = {"algorithm", "task", "world", "num_agents", "lora_rank"}  # what --eval_only may not change
 
     def __init__(self, args, rank):
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
-        folder = args.out_dir = args.out_dir or os.path.join("out", f"{args.algorithm}-{args.task}")
-        self.args, self.rank, self.lines, self.samples, self.interrupts = args, rank, [], [], []
-        self.config_path, self.state_path = (os.path.join(folder, name) for name in ("config.json", "train_state.pt"))
+        args.out_dir = args.out_dir or f"out/{args.algorithm}-{args.task}"
+        self.args, self.rank, self.interrupts, self.folder = args, rank, [], Path(args.out_dir)
+        self.texts = {"log.jsonl": "", "samples.txt": ""}
         signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: there was nothing to save yet"))
         if args.batch_size % args.group_size:
             raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
         if args.batch_size * args.ranks == 1 or getattr(args, "baseline", "none") != "none" and args.group_size == 1:
             raise InputError("advantages compare episodes: batch_size, and group_size with a baseline, must exceed 1.")
-        if args.resume + args.overwrite + args.eval_only > 1:
-            raise InputError("--resume, --overwrite and --eval_only exclude each other.")
-        if os.path.exists(self.config_path):
-            self.check_settings(read_config(folder))
+        if (self.folder / "config.json").exists():
+            saved, new = read_config(self.folder), vars(args)
+            if not (args.resume or args.overwrite or args.eval_only):
+                raise InputError(f"{self.folder} holds another run; use --resume, --overwrite or another --out_dir.")
+            fixed = set() if args.overwrite else self.team if args.eval_only else new.keys() - self.may_change
+            if changes := ["the items differ" if key == "items" else f"{key} {saved.get(key)!r} -> {new[key]!r}"
+                           for key in new if key in fixed and saved.get(key) != new[key]]:
+                raise InputError(f"{self.folder} was made with other settings: {', '.join(changes)}.")
         elif args.resume:
-            raise InputError(f"There is no run in {folder}.")
+            raise InputError(f"There is no run in {self.folder}.")
         elif args.eval_only:
-            print(f"There is no run in {folder}: this evaluates the untrained team.")
-        elif os.path.exists(folder) and not all(re.fullmatch(self.own_files, name) for name in os.listdir(folder)):
-            raise InputError(f"{folder} is not empty and holds no run; choose another --out_dir.")
-        if not args.eval_only and not rank:
-            os.makedirs(folder, exist_ok=True)
-            self.lock = open(os.path.join(folder, ".lock"), "w")
+            print(f"There is no run in {self.folder}: this evaluates the untrained team.")
+        elif self.folder.exists() and {*os.listdir(self.folder)} - {".lock", "config.json.part"}:
+            raise InputError(f"{self.folder} is not empty and holds no run; choose another --out_dir.")
+        if not (args.eval_only or rank):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends, however it does
             except BlockingIOError:
-                raise InputError(f"another process is training in {folder}.") from None
+                raise InputError(f"another process is training in {self.folder}.") from None
 
-    def check_settings(self, saved):
-        args = self.args
-        if not (args.resume or args.overwrite or args.eval_only):
-            raise InputError(f"{args.out_dir} holds another run; use --resume, --overwrite or another --out_dir.")
-        keys = self.eval_must_match if args.eval_only else vars(args).keys() - self.may_change
-        changes = ["the items differ" if key == "items" else f"{key} {saved.get(key)!r} -> {value!r}"
-                   for key, value in vars(args).items() if key in keys and saved.get(key) != value]
-        if changes and not args.overwrite:
-            raise InputError(f"{args.out_dir} was made with other settings: {', '.join(changes)}.")
-
-    def open(self):
-        """Delete the files of an overwritten run and the remains of a killed one, and write config.json."""
-        if self.args.eval_only or self.rank:
-            return
-        for name in os.listdir(self.args.out_dir):
-            path = os.path.join(self.args.out_dir, name)
-            old = self.args.overwrite and name != ".lock" and re.fullmatch(self.own_files, name)
-            if old or name.startswith(".saving"):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
-        write_text(self.config_path, json.dumps(vars(self.args) | {"versions": versions}, indent=2))
-
-    def load(self, keys):
-        """What save() saved, for --resume and --eval_only; None if there is nothing yet."""
+    def open(self, keys):
+        """Prepare the folder's files; returns what save() saved, for --resume and --eval_only, or None."""
         import torch  # `python tasks.py` needs none
-        saved, args = None, self.args
-        started = os.path.exists(self.state_path) or os.path.isdir(f"{args.out_dir}/agent_0")  # the latter come second
-        if started and (args.resume or args.eval_only):
+        path, args, saved = self.folder / "train_state.pt", self.args, None
+        if (args.resume or args.eval_only) and (path.exists() or (self.folder / "agent_0").exists()):
             try:
-                saved = torch.load(self.state_path, map_location=args.device, weights_only=True)  # runs no code in it
-                if missing := {*keys, "lines", "samples"} - saved.keys():
+                saved = torch.load(path, map_location=args.device, weights_only=True)  # runs no code in it
+                if missing := {*keys, "texts"} - saved.keys():
                     raise ValueError(f"it has no {min(missing)!r}")
             except Exception as error:  # a damaged file can raise anything
-                raise InputError(f"{self.state_path} cannot be used: {first_line(error)}") from None
-            print(f"{args.out_dir} was saved at step {saved['progress']['step']}")
-            self.lines, self.samples = saved["lines"], saved["samples"]
-        if args.resume and not self.rank:
-            write_text(os.path.join(args.out_dir, "log.jsonl"), "".join(self.lines))
-            write_text(os.path.join(args.out_dir, "samples.txt"), "".join(self.samples))
+                raise InputError(f"{path} cannot be used: {first_line(error)}") from None
+            print(f"{self.folder} was saved at step {saved['progress']['step']}")
+            self.texts = saved["texts"]
+        if not (args.eval_only or self.rank):
+            stale = r"\.saving-.*" + (r"|critic|(critic|agent)_\d+|train_state\.pt" if args.overwrite else "")
+            for path in [path for path in self.folder.iterdir() if re.fullmatch(stale, path.name)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
+            config = json.dumps(vars(args) | {"versions": versions}, indent=2)
+            for name, text in ("config.json", config), *self.texts.items():
+                write_atomic(self.folder / name, lambda part: Path(part).write_text(text, encoding="utf-8"))
         return saved
 
     def save(self, state):
         import torch
-        state = state | {"lines": self.lines, "samples": self.samples}
-        write_atomic(self.state_path, lambda part: torch.save(state, part))
+        write_atomic(self.folder / "train_state.pt", lambda part: torch.save(state | {"texts": self.texts}, part))
 
     def log(self, line, samples=()):
         """Append a line to log.jsonl and texts to samples.txt."""
-        samples, lines = [f"=== step {line['step']}, {text}\n" for text in samples], [json.dumps(line) + "\n"]
-        for name, kept, new in ("log.jsonl", self.lines, lines), ("samples.txt", self.samples, samples):
-            kept += new
+        samples = "".join(f"=== step {line['step']}, {text}\n" for text in samples)
+        for name, text in ("log.jsonl", json.dumps(line) + "\n"), ("samples.txt", samples):
+            self.texts[name] += text
             if not self.rank:
-                with exit_on_error(), open(os.path.join(self.args.out_dir, name), "a", encoding="utf-8") as file:
-                    file.writelines(new)
+                with exit_on_error(), open(self.folder / name, "a", encoding="utf-8") as file:
+                    file.write(text)
 
     def catch_interrupts(self):
         """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill self.interrupts; a second one kills."""
@@ -1404,21 +1349,19 @@ def main():
     rng = random.Random(args.seed)
     with exit_on_error():
         task = get_task(args.task, num_agents=args.num_agents)
-        episode = Episode(rng.choice(task.train_items))
-        responses = [task.expert(episode.item, i, rng) for i in range(task.num_agents)]
-        outcome = task.judge(episode.item, responses, 0)
+        item = rng.choice(task.train_items)
+        responses = [task.expert(item, i, rng) for i in range(task.num_agents)]
+        outcome = task.judge(item, responses, 0)
         if args.svg:
-            write_text(args.svg, task.draw_svg(episode.item, outcome.world))
+            Path(args.svg).write_text(task.draw_svg(item, outcome.world), encoding="utf-8")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-        for agent, response in enumerate(responses):
+        for agent in range(task.num_agents):
             print(f"--- agent {agent}")
-            for message in history(task, episode, agent):
-                print(f"{message['role']:>9}: {message['content']}")
-            print("  answers: " + response.strip().replace("\n", f"\n{'':11}"))
-            print(f"  is told: {outcome.feedback[agent]}")
-        print("\n" + task.draw(episode.item, outcome.world, color=os.isatty(1)) + "\n")
-        for name, number in outcome.parts.items():
-            print(f"{name:>20}: {number if isinstance(number, (int, list)) else round(number, 3)}")
+            for message in history(task, Episode(item, [Turn(None, None, None, responses, outcome)]), agent):
+                print(f"{message['role']:>9}: " + message["content"].strip().replace("\n", f"\n{'':11}"))
+        print(f"\n{task.draw(item, outcome.world, color=os.isatty(1))}\n")
+        for name, part in outcome.parts.items():
+            print(f"{name:>20}: {round(part, 3) if isinstance(part, float) else part}")
         print(f"training reward {outcome.reward:.3f}, score {outcome.score:.1f}, done {outcome.done}")
 
 

@@ -30,10 +30,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from critic import explained_variance_stats, returns_differ
+from critic import explained_variance_stats, mean, returns_differ, summary
 from model import all_gather, init_distributed, load_models, memory_gb, optimizer_step, shard
-from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, exit_on_error, get_task, history, log_text, mean,
-                   minibatches, number, summary)
+from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, exit_on_error, get_task, history, log_text,
+                   minibatches, number)
 
 ALGORITHM = "mc"
 
@@ -77,6 +77,7 @@ group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
 group.add_argument("--eval_every", type=number(int, 0), default=0, help="steps between evaluations (0: first and last)")
 group.add_argument("--save_every", type=natural, default=5, help="steps between saves (default 5)")
+group = group.add_mutually_exclusive_group()
 group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
 group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
 group.add_argument("--eval_only", action="store_true", help="evaluate the agents in out_dir, or the raw model if none")
@@ -95,7 +96,6 @@ with exit_on_error():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.gradient_checkpointing,
                       args.compile)  # one per agent; builds the tiny base if missing
-    run.open()
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
@@ -111,7 +111,7 @@ actor_optimizer = torch.optim.AdamW(actor_parameters, args.lr, weight_decay=0, f
 stateful = {"actor_optimizer": actor_optimizer}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "inputs/truncated": 0}
 with exit_on_error():
-    if saved := run.load({*stateful, "adapters", "rng", "generator", "progress"}):
+    if saved := run.open({*stateful, "adapters", "rng", "generator", "progress"}):
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])

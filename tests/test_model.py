@@ -13,9 +13,9 @@ from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, Gemma
                           MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, RwkvConfig)
 
 import model
-from critic import Critic, critic_messages, explained_variance, explained_variance_stats, returns_differ
+from critic import Critic, critic_messages, explained_variance, explained_variance_stats, mean, returns_differ, summary
 from model import LanguageModel, bpe_tokenizer, build_tiny, load_models, load_tokenizer, train_bpe
-from tasks import Episode, InputError, Outcome, Turn, get_task, history, mean, summary
+from tasks import Episode, InputError, Outcome, Turn, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 STRBUILD = get_task("strbuild")

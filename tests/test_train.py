@@ -385,7 +385,7 @@ def test_an_interrupted_evaluation_ends_between_its_batches(inside, tmp_path, mo
         patch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # there is a second signal, at the second turn
         inside("train_cc.py", *arguments, "--out_dir", tmp_path / "run", code=130)
     assert calls == [4, 4]  # two turns of the first four of six items
-    assert not (tmp_path / "run" / "log.jsonl").exists() and state_of(tmp_path / "run")["progress"]["step"] == 0
+    assert not log_of(tmp_path / "run") and state_of(tmp_path / "run")["progress"]["step"] == 0
     inside("train_cc.py", *arguments, "--out_dir", tmp_path / "run", "--resume")
     assert_same_run(tmp_path / "run", whole)
 
@@ -421,7 +421,7 @@ def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of
             (good[:5000], "train_state.pt cannot be used"), (b"", "train_state.pt cannot be used"),
             (trap, "train_state.pt cannot be used"), ([1], "train_state.pt cannot be used"),
             *(({key: value for key, value in state.items() if key != gone}, f"it has no '{gone}'") for gone in (
-                "rng", "critic", "actor_optimizer", "adapters", "lines")),
+                "rng", "critic", "actor_optimizer", "adapters", "texts")),
             (state | {"adapters": {}}, "the saved state does not hold the adapters")]:
         if isinstance(spoiled, bytes):
             (folder / "train_state.pt").write_bytes(spoiled)
@@ -502,7 +502,7 @@ def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(script,
     "train_cc.py --lam 1.5 | at least 0 and at most 1",
     "train_cc.py --device cuda:9 | must be cpu or an available cuda device, not cuda:9",
     "train_cc.py --resume | no run in unborn",
-    "train_cc.py --resume --overwrite | exclude each other",
+    "train_cc.py --resume --overwrite | not allowed with argument --resume",
     "train_cc.py --out_dir full --overwrite | full is not empty",
     "train_cc.py --out_dir whole-train_cc.py | holds another run; use --resume, --overwrite",
     "train_dc.py --out_dir whole-train_cc.py --resume | algorithm 'cc' -> 'dc'",
