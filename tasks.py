@@ -44,6 +44,7 @@ import copy
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -1235,6 +1236,15 @@ def read_config(out_dir):
     raise InputError(f"{out_dir} is not a run folder: it has no readable config.json.")
 
 
+class Output(io.TextIOWrapper):
+    """A standard stream of a run: where it is closed or its disk is full, the printed text is lost, not the training."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
 class Run:
     """The folder of a run: config.json, log.jsonl, samples.txt, train_state.pt, and an adapter folder for each agent.
 
@@ -1250,6 +1260,9 @@ class Run:
         args.out_dir = args.out_dir or f"out/{args.algorithm}-{args.task}"
         self.args, self.rank, self.interrupts, self.folder = args, rank, [], Path(args.out_dir)
         self.texts = {"log.jsonl": "", "samples.txt": ""}
+        if not rank:
+            sys.stdout, sys.stderr = (Output(open(fd if stream else os.devnull, "wb", 0), "utf-8", write_through=True)
+                                      for fd, stream in ((1, sys.stdout), (2, sys.stderr)))
         signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: there was nothing to save yet"))
         if args.batch_size % args.group_size:
             raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
