@@ -194,6 +194,14 @@ def dialogue(task, episode, color):
     return "\n".join(lines)
 
 
+def record(task, episode, step):
+    """An episode for samples.jsonl: what each agent was told, the messages of h_i,t, and its whole answers."""
+    turns = [{"told": [history(task, Episode(episode.item, episode.turns[:t]), i) for i in range(task.num_agents)],
+              "answers": turn.responses, "reward": turn.outcome.reward, "parts": turn.outcome.parts}
+             for t, turn in enumerate(episode.turns)]
+    return {"step": step, "item": episode.item, "score": episode.turns[-1].outcome.score, "turns": turns}
+
+
 # --- what tasks have in common ----------------------------------------------------------------------------------------
 
 
@@ -1237,7 +1245,7 @@ def read_config(out_dir):
 
 
 class Output(io.TextIOWrapper):
-    """A standard stream of a run: where it is closed or its disk is full, the printed text is lost, not the training."""
+    """A standard stream of a run: where it is closed or its disk is full, what is printed is lost, not the training."""
 
     def write(self, text):
         with contextlib.suppress(OSError):
@@ -1246,9 +1254,9 @@ class Output(io.TextIOWrapper):
 
 
 class Run:
-    """The folder of a run: config.json, log.jsonl, samples.txt, train_state.pt, and an adapter folder for each agent.
+    """A run's folder: config.json, log.jsonl, samples.txt, samples.jsonl, report.html, train_state.pt, agent_0/, ...
 
-    What log.jsonl and samples.txt hold is a part of train_state.pt: --resume writes them anew, as of the last save.
+    What the log and the samples hold is a part of train_state.pt: --resume writes them anew, as of the last save.
     """
     # what --resume may change; of the items and the model's weights, checksums are kept
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
@@ -1259,10 +1267,10 @@ class Run:
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
         args.out_dir = args.out_dir or f"out/{args.algorithm}-{args.task}"
         self.args, self.rank, self.interrupts, self.folder = args, rank, [], Path(args.out_dir)
-        self.texts = {"log.jsonl": "", "samples.txt": ""}
+        self.texts = {"log.jsonl": "", "samples.txt": "", "samples.jsonl": ""}
         if not rank:
-            sys.stdout, sys.stderr = (Output(open(fd if stream else os.devnull, "wb", 0), "utf-8", write_through=True)
-                                      for fd, stream in ((1, sys.stdout), (2, sys.stderr)))
+            fds = (os.dup(fd) if stream else os.devnull for fd, stream in ((1, sys.stdout), (2, sys.stderr)))
+            sys.stdout, sys.stderr = (Output(open(fd, "wb", 0), "utf-8", write_through=True) for fd in fds)
         signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: there was nothing to save yet"))
         if args.batch_size % args.group_size:
             raise InputError(f"group_size {args.group_size} does not divide batch_size {args.batch_size}.")
@@ -1317,10 +1325,11 @@ class Run:
         import torch
         write_atomic(self.folder / "train_state.pt", lambda part: torch.save(state | {"texts": self.texts}, part))
 
-    def log(self, line, samples=()):
-        """Append a line to log.jsonl and texts to samples.txt."""
-        samples = "".join(f"=== step {line['step']}, {text}\n" for text in samples)
-        for name, text in ("log.jsonl", json.dumps(line) + "\n"), ("samples.txt", samples):
+    def log(self, line, task=None, episodes=()):
+        """Append a line to log.jsonl, episodes to samples.jsonl, and four of them, for reading, to samples.txt."""
+        step, records = line["step"], [json.dumps(record(task, e, line["step"])) + "\n" for e in episodes]
+        texts = [f"=== step {step}, {episode.item}\n{dialogue(task, episode, False)}\n" for episode in episodes[:4]]
+        for name, text in zip(self.texts, (json.dumps(line) + "\n", "".join(texts), "".join(records))):
             self.texts[name] += text
             if not self.rank:
                 with exit_on_error(), open(self.folder / name, "a", encoding="utf-8") as file:

@@ -23,6 +23,7 @@ one output of V per turn t, in units of std_t, the standard deviation of the fir
 import argparse
 import os
 import random
+import subprocess
 import sys
 import time
 
@@ -274,7 +275,7 @@ def update_actors(episodes):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 def evaluate(show):
-    """Play every held-out item once; `show` whole episodes are printed, four go to samples.txt."""
+    """Play every held-out item once; all go to samples.jsonl, four to samples.txt, `show` are printed."""
     started, episodes = time.time(), []
     size = args.batch_size * args.ranks * (8 if lms[0].is_small else 1)  # at once; a small model has the room
     eval_generator = torch.Generator().manual_seed(1234)
@@ -283,7 +284,7 @@ def evaluate(show):
         stop_if_interrupted()
     line = progress | summary(episodes, "eval", args.gamma, [lm.ends for lm in lms])
     if not args.eval_only:
-        run.log(line, [f"{e.item}\n{dialogue(task, e, False)}" for e in episodes[:4]])
+        run.log(line, task, episodes)
     for e in episodes[:show]:
         print(f"\n=== {e.item}\n{dialogue(task, e, os.isatty(1))}")
     keys = ["step", *(key for key in line if key.startswith("eval/"))]
@@ -330,5 +331,8 @@ for step in bar:
         save()
 save()
 evaluate(show=2)
+if rank == 0:  # the report in a process of its own: whatever goes wrong there does the run no harm
+    subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "results", "report.py"), args.out_dir])
 print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt some "
-      f"episodes;\n{time.time() - start_time:.0f} s in all. Next: python model.py {args.out_dir}")
+      f"episodes,\nreport.html curves and pictures; {time.time() - start_time:.0f} s in all. "
+      f"Next: python model.py {args.out_dir}")

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import TASK_OPTIONS, InputError, Task, exit_on_error, get_task, printable, read_config, write_text
+from tasks import TASK_OPTIONS, InputError, Task, exit_on_error, get_task, printable, read_config, write_atomic
 
 COLORS = ["#c8102e", "#1f77b4", "#2ca02c", "#9467bd", "#e07b00", "#17a2b8", "#8c564b", "#6c757d"]
 HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -163,5 +163,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with exit_on_error():
         out = args.out or os.path.join(args.runs[0] if len(args.runs) == 1 else "", "report.html")
-        write_text(out, page(args.runs))
+        html = page(args.runs)
+        write_atomic(out, lambda part: Path(part).write_text(html, encoding="utf-8"))
     print(f"wrote {out}")

@@ -88,7 +88,7 @@ def inside(workplace, monkeypatch):
         arguments = ["--out_dir", f"inside-{workplace.count}", *arguments]  # the last --out_dir counts
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        run, end, runs, init = {}, 0, [], Run.__init__
+        run, end, runs, init, streams = {}, 0, [], Run.__init__, (sys.stdout, sys.stderr)
         monkeypatch.setattr(Run, "__init__", lambda self, *args: (runs.append(self), init(self, *args))[1])
         try:
             run = runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -96,6 +96,7 @@ def inside(workplace, monkeypatch):
         except SystemExit as error:
             end = error.code or 0
         finally:
+            sys.stdout, sys.stderr = streams
             monkeypatch.setattr(Run, "__init__", init)
             for own in runs:  # a script's end would free its lock
                 vars(own).pop("lock").close() if hasattr(own, "lock") else None

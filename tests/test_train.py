@@ -92,7 +92,8 @@ def bytes_of(folder):
 
 def assert_same_run(one, two):
     """Bit for bit, but for times and memory."""
-    assert log_of(one) == log_of(two) and (one / "samples.txt").read_text() == (two / "samples.txt").read_text()
+    assert log_of(one) == log_of(two)
+    assert all((one / name).read_text() == (two / name).read_text() for name in ("samples.txt", "samples.jsonl"))
     assert sorted(os.listdir(one)) == sorted(os.listdir(two))
     ours, theirs = weights_of(one), weights_of(two)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -116,7 +117,8 @@ def test_a_diff_of_two_scripts_is_the_algorithm():
 @pytest.mark.parametrize("script, critics", list(zip(SCRIPTS, [["critic"], ["critic_0", "critic_1"], []])))
 def test_a_run_writes_what_it_promises(script, critics, whole):
     folder = whole(script)
-    files = {".lock", "config.json", "log.jsonl", "samples.txt", "train_state.pt", "agent_0", "agent_1", *critics}
+    files = {".lock", "config.json", "log.jsonl", "samples.txt", "samples.jsonl", "report.html", "train_state.pt", "agent_0",
+             "agent_1", *critics}
     assert {*os.listdir(folder)} == files
     config = json.loads((folder / "config.json").read_text())
     assert config["batch_size"] == 4 and config["lr"] == StrBuild.lr and config["versions"]["torch"] == torch.__version__
@@ -359,8 +361,8 @@ def test_interrupted_runs_save_and_resume_as_if_nothing_had_happened(
         script, number, inside, whole, tmp_path, monkeypatch, capfd):
     log, folder = Run.log, tmp_path / "run"
 
-    def interrupt(run, line, samples=()):
-        log(run, line, samples)
+    def interrupt(run, line, *episodes):
+        log(run, line, *episodes)
         if line["step"] == 2 and "train/reward" in line:
             os.kill(os.getpid(), number)
 
