@@ -578,20 +578,19 @@ class HouseBuild(Task):
 
 # --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
 
-# phrases are matched as substrings of the lower-cased text: "as" is found in "was", "while" in "meanwhile"
-TRANSITIONS = {
-    "elaboration": ["furthermore", "in addition", "moreover", "additionally"],
-    "examples": ["for example", "for instance", "such as", "namely"],
-    "explanation": ["in other words", "that is to say", "specifically", "to clarify"],
-    "cause_effect": ["therefore", "as a result", "consequently", "thus", "hence", "because"],
-    "contrast": ["however", "although", "on the other hand", "while", "in contrast", "nevertheless"],
-    "sequence": ["in summary", "meanwhile", "firstly", "secondly", "subsequently"],
-    "emphasis": ["indeed", "above all", "in particular", "notably"],
-    "summary": ["in summary", "in conclusion", "to sum up", "overall"],
-    "comparison": ["similarly", "likewise", "in the same way", "compared to"],
-    "concession": ["however", "although", "while", "despite", "even though"],
-    "condition": ["provided that", "unless", "in case", "otherwise"],
-    "time": ["meanwhile", "as", "while", "afterwards", "beforehand"]}
+TRANSITIONS = {  # regular expressions, which find "as" in "was" and "while" in "meanwhile"
+    "elaboration": "furthermore|in addition|moreover|additionally",
+    "examples": "for example|for instance|such as|namely",
+    "explanation": "in other words|that is to say|specifically|to clarify",
+    "cause_effect": "therefore|as a result|consequently|thus|hence|because",
+    "contrast": "however|although|on the other hand|while|in contrast|nevertheless",
+    "sequence": "in summary|meanwhile|firstly|secondly|subsequently",
+    "emphasis": "indeed|above all|in particular|notably",
+    "summary": "in summary|in conclusion|to sum up|overall",
+    "comparison": "similarly|likewise|in the same way|compared to",
+    "concession": "however|although|while|despite|even though",
+    "condition": "provided that|unless|in case|otherwise",
+    "time": "meanwhile|as|while|afterwards|beforehand"}
 STOPWORDS = set("""a about above after again against all am an and any are as at be because been before being below
     between both but by can did do does doing down during each few for from further had has have having he her here hers
     him his how i if in into is it its itself just me more most my no nor not now of off on once only or other our out
@@ -604,74 +603,55 @@ def trapezoid(x, low, rise, fall, high):
 
     trapezoid(1.35, 1.1, 1.6, 3.2, 5.0) is 0.5, at 1.1 it is 0.0 and at 1.0 None.
     """
-    if not low <= x <= high:
-        return None
-    return (x - low) / (rise - low) if x < rise else (high - x) / (high - fall) if x > fall else 1.0
+    return min(1.0, (x - low) / (rise - low), (high - x) / (high - fall)) if low <= x <= high else None
 
 
 def writing_levels(first, second, num_words, length_ratio, vocabulary_ratio, full_overlap, transitions_in_both):
-    """The four levels of the reward of two texts, {name: points}; after a level that fails the others give 0.
+    """The four levels of the reward of two texts, {name: points}; from the first one that fails they give 0.
 
-    num_words: fewest and most words of a text; *_ratio: trapezoids of second / first in characters and in distinct
-    words; full_overlap: the Jaccard overlap of content words that earns all of its points; transitions_in_both: whether
-    transitions count in both texts or only in the second.
+    num_words: fewest and most words of a text; *_ratio: trapezoids of second / first in characters and distinct words;
+    full_overlap: the Jaccard overlap of content words that earns all points; transitions_in_both: not in second alone.
     """
-    levels = {"structure": 0.0, "coordination": 0.0, "vocabulary": 0.0, "style": 0.0}
-    if not all(num_words[0] <= len(text.split()) <= num_words[1] for text in (first, second)):
-        return levels
-    levels["structure"] = 0.5
-    length = trapezoid(len(second) / len(first), *length_ratio)
-    if length is None:
-        return levels
-    levels["coordination"] = length
-    words = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
-    variety = trapezoid(len(words[1]) / len(words[0]), *vocabulary_ratio) if words[0] else None
-    if variety is None:
-        return levels
-    levels["vocabulary"] = 0.5 * variety
+    fit = all(num_words[0] <= len(text.split()) <= num_words[1] for text in (first, second))
+    one, two = (set(re.findall(r"\w+", text.lower())) for text in (first, second))
     text = (first + second if transitions_in_both else second).lower()
-    categories = sum(any(phrase in text for phrase in phrases) for phrases in TRANSITIONS.values())
-    content = [distinct - STOPWORDS for distinct in words]
-    union = content[0] | content[1]
-    overlap = min(len(content[0] & content[1]) / len(union) if union else 1.0, full_overlap) / full_overlap
-    levels["style"] = 0.4 * (min(1.0, 0.4 + 0.05 * (categories - 1)) if categories else 0.0) + 0.6 * overlap
-    return levels
-
-
-TLDR_LEVELS = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
-               "vocabulary_ratio": (1.3, 2.0, math.inf, math.inf), "transitions_in_both": False}
-ARXIV_LEVELS = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
-                "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
+    categories = sum(bool(re.search(phrases, text)) for phrases in TRANSITIONS.values())
+    transitions = min(1.0, 0.4 + 0.05 * (categories - 1)) if categories else 0.0
+    shared, union = (one & two) - STOPWORDS, (one | two) - STOPWORDS
+    overlap = min(len(shared) / len(union) if union else 1.0, full_overlap) / full_overlap
+    levels = {"structure": (0.5, 1.0 if fit else None),  # name: (its most points, the share that is earned)
+              "coordination": (1.0, trapezoid(len(second) / max(1, len(first)), *length_ratio)),
+              "vocabulary": (0.5, trapezoid(len(two) / len(one) if one else 0, *vocabulary_ratio)),
+              "style": (1.0, 0.4 * transitions + 0.6 * overlap)}
+    earned = itertools.takewhile(lambda level: level[1][1] is not None, levels.items())
+    return dict.fromkeys(levels, 0.0) | {name: most * share for name, (most, share) in earned}
 
 
 def tldr_reward(first, second):
     """The joint reward of a concise and a detailed summary, 0..3 (the best is 2.98); see writing_levels.
 
-    Eight times "red" and twenty times "blue": 31 and 99 characters, ratio 3.19: structure 0.5, coordination 1; with one
-    distinct word each the second text has too few (1 < 1.3 x 1), so 1.5 in all.
+    Eight times "red", twenty times "blue": 31 and 99 characters, ratio 3.19, give 0.5 + 1; one distinct word fails.
     """
-    return sum(writing_levels(first, second, **TLDR_LEVELS).values())
+    return sum(writing_levels(first, second, **TLDR.levels).values())
 
 
 def arxiv_reward(first, second):
     """The joint reward of a paper's background and motivation, and its methodology and implications, 0..3."""
-    return sum(writing_levels(first, second, **ARXIV_LEVELS).values())
+    return sum(writing_levels(first, second, **ArXiv.levels).values())
 
 
-OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
-           "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand",
-           "Notably"]
+OPENERS = ("Furthermore|In addition|For example|In other words|Therefore|However|Meanwhile|Indeed|In summary|Similarly|"
+           "Despite this|Otherwise|Afterwards|As a result|On the other hand|Notably").split("|")
 
 
 class Writing(Task):
-    """Two texts about a source text, which must fit each other; tldr and arxiv define the source and the bounds.
+    """Two texts about a source text, which must fit each other; a single agent writes both, a line ===== in between.
 
-    The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. A single agent writes both
-    texts, with a line ===== between them.
+    The training reward is that of writing_levels, 0..3; above 2.9 the episode ends. tldr and arxiv set source, its key
+    in an item; roles, who writes what; levels, the bounds of the reward; facts, template and sentences, of which items
+    and demonstrations are made; and an expert's habits, of which each text draws one: keep, how likely a sentence is
+    kept; max_sentences, by role; opened, the share of sentences with a transition.
     """
-    # subclasses set source, its key in an item; roles, who writes what; facts, template and sentences, for items and
-    # demonstrations; levels, the arguments of writing_levels; and the expert's habits, of which each text draws one:
-    # keep, how likely a sentence is kept; max_sentences, by role; opened, the share of sentences with a transition
     short_start, opened = "", [0, 0.3, 1]  # short_start: the beginning of a text that will be too short
 
     def setup(self):
@@ -696,9 +676,8 @@ class Writing(Task):
         return f"{team}The two texts must fit each other in length and words. Answer with the text and nothing else."
 
     def observation(self, item, agent):
-        request = "Write {}, then a line =====, then {}.".format(*self.roles) if self.num_agents == 1 else (
-            f"Write {self.roles[agent]}.")
-        return f"{item[self.source]}\n{request}"
+        roles = self.roles if self.num_agents == 1 else [self.roles[agent]]
+        return f"{item[self.source]}\nWrite {', then a line =====, then '.join(roles)}."
 
     def judge(self, item, responses, turn, world=None):
         first, second = responses if len(responses) == 2 else (
@@ -707,28 +686,27 @@ class Writing(Task):
         reward = sum(parts.values())
         return self.outcome(reward, 100 * reward / 3, parts, turn, reward > 2.9)
 
-    # the sloppy expert goes through its sentences in order, leaves some out, and opens few or many with a transition
-
     def expert(self, item, agent, rng):
-        parts = [0, 1] if self.num_agents == 1 else [agent]
-        return " =====\n".join(self.write(item, part, rng) for part in parts)
-
-    def write(self, item, part, rng):
-        sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
-        keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
-        text = [self.short_start] if self.short_start and limit < len(sentences) else []
-        for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
-            sentence = sentence.format(**item["facts"])
-            if rng.random() < opened:
-                sentence = f"{rng.choice(OPENERS)}, {sentence[0].lower()}{sentence[1:]}"
-            text.append(sentence)
-        return " ".join(text)
+        """It goes through its sentences in order, leaves some out, and opens few or many with a transition."""
+        texts = []
+        for part in [0, 1] if self.num_agents == 1 else [agent]:
+            sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
+            keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
+            text = [self.short_start] if self.short_start and limit < len(sentences) else []
+            for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
+                if rng.random() < opened:
+                    sentence = f"{rng.choice(OPENERS)}, {sentence[0].lower()}{sentence[1:]}"
+                text.append(sentence.format(**item["facts"]))
+            texts.append(" ".join(text))
+        return " =====\n".join(texts)
 
 
 class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
-    roles, levels = ("a concise summary", "a detailed summary"), TLDR_LEVELS
+    roles = "a concise summary", "a detailed summary"
+    levels = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
+              "vocabulary_ratio": (1.3, 2.0, 1e8, 1e9), "transitions_in_both": False}  # many more words do not hurt
     steps, batch_size, lr = 32, 64, 1.5e-3
     base_steps, keep, max_sentences = 900, [0.8, 1, 1], [[3, 3, 3, 8, 8], [2, 7]]
     facts = {  # what varies; a value follows the same word in posts and in summaries
@@ -757,7 +735,9 @@ class TLDR(Writing):
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles, levels = ("background and motivation", "methodology and implications"), ARXIV_LEVELS
+    roles = "background and motivation", "methodology and implications"
+    levels = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
+              "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
     steps, batch_size, lr = 32, 64, 5e-4
     pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next one: half the tokens
     base_steps, base_batch, max_new_tokens = 800, 12, 136
