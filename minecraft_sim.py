@@ -26,9 +26,6 @@ import collections
 import itertools
 import os
 import re
-import signal
-import string
-from html import escape
 
 # --- the target: a string as a wall of cells --------------------------------------------------------------------------
 
@@ -77,6 +74,17 @@ def cells_by_letter(cells):
     """
     ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
     return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
+
+
+def cells_text(cells):
+    """Their coordinates: " 8 4 0 9 4 0" for two cells."""
+    return "".join(" %d %d %d" % cell for cell in cells)
+
+
+def letters_text(text, cells=None, end=""):
+    """" 1:I 2:C" for "IC": each letter with its number. Given two cells of the C: " 2:C 8 4 0 9 4 0"."""
+    letters = dict.fromkeys(range(len(text)), []) if cells is None else cells_by_letter(cells)
+    return "".join(f" {index + 1}:{text[index]}{cells_text(group)}{end}" for index, group in letters.items())
 
 
 # --- reading answers: lines that are no command are rejected, whatever a model wrote ---------------------------------
@@ -156,19 +164,14 @@ def read_commands(response, blocks, bbox, share, verb="setblock", limits=None):
     return accepted, rejected
 
 
-def command_shares(max_commands, num_agents):
-    """The most commands accepted from each agent; the first also gets the remainder: (7, 2) gives [4, 3]."""
-    share, remainder = max(1, max_commands // num_agents), max_commands % num_agents
-    return [share + remainder] + [share] * (num_agents - 1)
-
-
 def build_world(responses, palettes, bbox, max_commands, start=(), verb="setblock", limits=None):
-    """Build the world of a joint action on a world `start`: (world, accepted, rejected); the last two hold a list per
-    agent, world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it
-    is {(0, 0, 0): "obsidian"}; with air it is {}.
+    """Build a joint action on a world `start`: (world, accepted, rejected); the last two hold a list per agent, and
+    world is {(x, y, z): block} without air. If agent 1 overwrites agent 0's only block, stone, with obsidian, it is
+    {(0, 0, 0): "obsidian"}; with air it is {}. Of 7 max_commands agent 0 has 4 and agent 1 has 3, and each at least 1.
     """
-    world, accepted, rejected = dict(start), [], []
-    for response, palette, share in zip(responses, palettes, command_shares(max_commands, len(responses))):
+    world, accepted, rejected, num_agents = dict(start), [], [], len(responses)
+    for agent, (response, palette) in enumerate(zip(responses, palettes)):
+        share = max(1, max_commands // num_agents) + (max_commands % num_agents if agent == 0 else 0)
         commands, others = read_commands(response, palette, bbox, share, verb, limits)
         accepted.append(commands)
         rejected.append(others)
@@ -253,27 +256,30 @@ def random_house(rng):
             dict(zip("WOSBP", HOUSE_BLOCKS)))
 
 
-def check_house(layers, inventory):
-    """Layers from a person's file with integers instead of texts as heights; ValueError if they are no house."""
-    if wrong := [y for y in layers if not re.fullmatch(r"-?\d+", str(y))]:
-        raise ValueError(f"the height of a layer must be a whole number, not {wrong[0]!r}")
-    sizes = [(len(rows), len(row)) for rows in layers.values() for row in rows]
+def check_house(layers, inventory, attacks):
+    """A person's house as an item, with integers instead of texts as heights; ValueError if it is none."""
+    if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
+            and all(re.fullmatch(r"-?\d+", str(y)) and isinstance(rows, list) and rows for y, rows in layers.items())
+            and all(isinstance(row, str) for rows in layers.values() for row in rows)
+            and all(isinstance(block, str) and re.fullmatch(r"\S+", block) for block in inventory.values())
+            and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
+        raise ValueError('a line needs "layers" {"0": ["WW", ".."], ...} and "inventory" {"W": "planks", ...} with '
+                         'block names without blanks, and may have "spider_attacks" [2, 1, 3]')
+    house = {int(y): rows for y, rows in layers.items()}
+    sizes = [(len(rows), len(row)) for rows in house.values() for row in rows]
     if sum(width for _, width in sizes) > 4096:
         raise ValueError("a house has at most 4096 cells (16 x 16 x 16)")
-    house = {int(y): rows for y, rows in layers.items()}
-    if len(house) < len(layers):
-        raise ValueError("two layers of this house have the same height")
-    if len(set(sizes)) != 1 or max(house) - min(house) >= len(house) or not house_target(house, inventory):
+    if len(set(sizes)) != 1 or max(house) - min(house) != len(layers) - 1 or not house_target(house, inventory):
         raise ValueError("the layers of a house must be consecutive rectangles, equally large, and hold a block")
-    return house
+    return {"layers": house, "inventory": inventory, "spider_attacks": attacks}
 
 
-def house_boxes(layers, inventory):
-    """A blueprint as boxes [(low corner, high corner, block), ...], layer by layer from the ground.
+def house_text(layers, inventory):
+    r"""A blueprint as the text of boxes, layer by layer from the ground.
 
     A box has one kind of block and at most half of all cells of that kind (or it is a single cell), because no agent
-    may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives [((0, 0, 0), (0, 0, 0), "planks"),
-    ((1, 0, 0), (1, 0, 0), "planks"), ((0, 1, 0), (0, 1, 0), "planks")]: half of 3 is 1.
+    may fill many more. {0: ["PP"], 1: ["P."]} with planks P gives three boxes, since half of 3 is 1:
+    " 1: 0 0 0 0 0 0 planks\n 2: 1 0 0 1 0 0 planks\n 3: 0 1 0 0 1 0 planks\n".
     """
     remaining, boxes = house_target(layers, inventory), []
     most = {block: max(1, count // 2) for block, count in collections.Counter(remaining.values()).items()}
@@ -289,7 +295,13 @@ def house_boxes(layers, inventory):
         boxes.append((low, high, block))
         for cell in cells:
             del remaining[cell]
-    return boxes
+    return boxes_text(boxes)
+
+
+def boxes_text(boxes):
+    """The boxes as numbered lines, such as " 1: 0 0 0 1 0 0 planks"."""
+    return "".join(" %d: %d %d %d %d %d %d %s\n" % (number, *low, *high, block)
+                   for number, (low, high, block) in enumerate(boxes, 1))
 
 
 def block_limits(target, num_agents):
@@ -326,50 +338,44 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
 
-def to_blame(low, high, block, world, target):
-    """Whether a fill is the reason for a wrong cell in the world."""
-    return any(world.get(cell, "air") == block != target.get(cell, "air") for cell in box_cells(low, high))
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-BLOCK_COLORS = {"oak_planks": (184, 142, 86), "stone": (125, 125, 125), "white_concrete": (214, 221, 224),
-                "obsidian": (44, 32, 66), "stone_stairs": (104, 108, 112), "stone_bricks": (140, 138, 134),
-                "planks": (162, 120, 68)}  # red, green, blue
-OTHER_COLOR = (196, 92, 160)
+BLOCKS = {"oak_planks": ("O", (184, 142, 86)), "stone": ("S", (125, 125, 125)), "obsidian": ("B", (44, 32, 66)),
+          "white_concrete": ("W", (214, 221, 224)), "stone_stairs": ("T", (104, 108, 112)),
+          "stone_bricks": ("N", (140, 138, 134)), "planks": ("P", (162, 120, 68))}  # letter; red, green, blue
+OTHER_COLOR = (196, 92, 160)  # of blocks in a person's own house, whose letters may coincide
 
 
-def wall_plan(target_rows):
-    """A wall for the drawing functions: ({target cell: None, meaning any block}, rows of cells from the top)."""
-    W, H = len(target_rows[0]), len(target_rows)
-    return dict.fromkeys(target_cells(target_rows)), [[(x, y, 0) for x in range(W)] for y in reversed(range(H))]
+def wall_plan(item):
+    """An item as the drawing functions need it: ({target cell: None, meaning any block}, rows of cells, title)."""
+    rows = string_target(item["string"])
+    grid = [[(x, y, 0) for x in range(len(rows[0]))] for y in reversed(range(len(rows)))]
+    return dict.fromkeys(target_cells(rows)), grid, item["string"]
 
 
-def house_plan(layers, inventory):
-    """The same for a house: ({target cell: block}, rows of cells); layers, four side by side, are seen from above."""
-    ys, rows, grid = sorted(layers), next(iter(layers.values())), []
+def house_plan(item):
+    """The same for a house: ({target cell: block}, rows, title); layers, four side by side, are seen from above."""
+    layers, grid = item["layers"], []
+    ys, rows = sorted(layers), next(iter(layers.values()))
     for band in range(0, len(ys), 4):
         grid += [[cell for y in ys[band:band + 4] for cell in [*((x, y, z) for x in range(len(rows[0]))), None, None]]
                  for z in reversed(range(len(rows)))] + [[]]
-    return house_target(layers, inventory), grid[:-1]
+    return house_target(layers, item["inventory"]), grid[:-1], "house"
 
 
 def draw(plan, world, color=False):
     """The plan's rows, then a legend: a capital letter per block, in lower case if it is stray, "." if one is missing;
     in colour two terminal columns per cell, with a red xx if it is stray, a dim [] if one is missing."""
-    target, grid = plan
+    target, grid, _ = plan
     color = color and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}
-    marks, missing, blank = {}, *(("\x1b[2m[]\x1b[0m", "  ") if color else (".", " "))
-    for block in [*BLOCK_COLORS, *sorted(set(world.values()) - BLOCK_COLORS.keys())]:  # same letters in every picture
-        free = set(string.ascii_uppercase) - set(marks.values())  # the first free letter of the name, or of all
-        marks[block] = next((char for char in block.upper() + string.ascii_uppercase if char in free), "X")
+    missing, blank = ("\x1b[2m[]\x1b[0m", "  ") if color else (".", " ")
 
     def paint(block, correct):
-        r, g, b = BLOCK_COLORS.get(block, OTHER_COLOR)
+        letter, (r, g, b) = BLOCKS.get(block, (block[0].upper(), OTHER_COLOR))
         if color:
             return f"\x1b[48;2;{r};{g};{b};38;2;255;64;64m{'  ' if correct else 'xx'}\x1b[0m"
-        return marks[block] if correct else marks[block].lower()
+        return letter if correct else letter.lower()
 
     lines = ["".join(paint(world[cell], correct[cell]) if cell in world else missing if cell in target else blank
                      for cell in row).rstrip(" " if None in row else "") for row in grid]
@@ -378,18 +384,17 @@ def draw(plan, world, color=False):
     return "\n".join([*lines, "  ".join([*legend, f"{missing} missing"])])
 
 
-def draw_svg(plan, world, title=""):
+def draw_svg(plan, world):
     """A standalone isometric picture (SVG text): cubes of 20 pixels, missing ones dashed, stray ones with red edges."""
     def screen(x, y, z):  # x runs right and up, z right and down towards the viewer, in pixels
         return 17.32 * (x + z), 10 * (z - x) - 20 * y
     def shade(color, light):  # light > 0 mixes with white, < 0 with black
         return "#" + "".join(f"{round(c + light * (255 - c if light > 0 else c)):02x}" for c in color)
-    target, grid = plan
+    target, grid, title = plan
     xs, ys, zs = zip(*(cell for row in grid for cell in row if cell))
     top = screen(1 + max(xs), 1 + max(ys), 0)[1] - 34  # room for the title
     width = 20 + round(max(screen(1 + max(xs), 0, 1 + max(zs))[0], 9 * len(title)))
     height = round(screen(0, min(ys), 1 + max(zs))[1] + 10 - top)
-    title = escape("".join(c for c in title if c.isprintable()))  # XML has no control characters
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'viewBox="-10 {top:.0f} {width} {height}" stroke-linejoin="round">',
              f'<rect x="-10" y="{top:.0f}" width="{width}" height="{height}" rx="8" fill="#f2f5f9"/>',
@@ -398,7 +403,7 @@ def draw_svg(plan, world, title=""):
              (-0.35, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)]),   # left side
              (0, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])]       # front
     for cell in sorted(target.keys() | world.keys(), key=lambda cell: (cell[2], -cell[0], cell[1])):  # back to front
-        block, color = world.get(cell), BLOCK_COLORS.get(world.get(cell), OTHER_COLOR)
+        block, (_, color) = world.get(cell), BLOCKS.get(world.get(cell), ("", OTHER_COLOR))
         edge = shade(color, -0.45) if cell in target and target[cell] in (None, block) else "#e02020"
         lines.append(f'<g class="cube" stroke="{edge}">' if block else
                      '<g class="missing" stroke="#a9b4c2" stroke-dasharray="2">')
@@ -426,22 +431,19 @@ def main():
     parser.add_argument("--svg", metavar="FILE", help="also write an isometric picture, for a browser or a README")
     args = parser.parse_args()
     try:
-        rows = string_target(args.text)
+        target, grid, title = wall_plan({"string": args.text.upper()})
+        rows = string_target(title)
         responses = scripted_builders(rows)
-        score, (world, _, rejected) = (f(rows, responses, PALETTES) for f in (strbuild_score, strbuild_world))
+        score, (world, *_) = (f(rows, responses, PALETTES) for f in (strbuild_score, strbuild_world))
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
-                file.write(draw_svg(wall_plan(rows), world, f"{args.text.upper()}, IoU {score['iou']:.2f}"))
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-        for agent, response in enumerate(responses):
-            print(f"agent {agent} has {' and '.join(PALETTES[agent])}; answers: {' '.join(response.split()[:5])}")
-        print("\n" + draw(wall_plan(rows), world, os.isatty(1)) + "\n")
-        for part, weight in dict(coverage=2, extra_ratio=-1.5, adjacent_same_ratio=-1, missing_palettes=-0.25).items():
-            print(f"{weight:+5} x {part:20} {score[part]:.3f}")
-        print(f"= reward {score['reward']:.3f} (best 2), IoU {score['iou']:.3f}, accepted {score['accepted']}, "
-              f"rejected {[len(lines) for lines in rejected]}")
+                file.write(draw_svg((target, grid, f"{title}, IoU {score['iou']:.2f}"), world))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    print(draw((target, grid, title), world, os.isatty(1)) + "\n")
+    print("reward {reward:.3f} = 2 x {coverage:.3f} coverage - 1.5 x {extra_ratio:.3f} extra_ratio"
+          " - {adjacent_same_ratio:.3f} adjacent_same_ratio - 0.25 x {missing_palettes} missing_palettes; IoU {iou:.3f}"
+          .format(**score))
 
 
 if __name__ == "__main__":

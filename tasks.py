@@ -1,28 +1,12 @@
 """
 Tasks: what each agent observes, how a joint action is rewarded, and when an episode ends.
 
-A task is one class; the rest of this repository uses only these attributes and methods of it:
+A task is one class. It must define these; the class Task shows what else it may define or set:
 
-    name                                what --task and tables call it
-    train_items, eval_items             lists of dicts; no item is in both
-    num_agents, num_turns               n agents, at most T turns
-    instructions(agent)                 the rules, given once as the system message
+    random_item(rng), key(item)         an item, which is a dict; its key decides whether it is held out
     observation(item, agent)            o_i,0: the first user message that agent i gets
-    judge(item, responses, turn, world) an Outcome: reward, score, parts (the same numeric keys at every judgement),
-                                        whether the episode ends, feedback for each agent; world is the previous turn's
-                                        Outcome.world, None at turn 0
-    judge_all(items, answers, ...)      the same for many episodes at once
-    expert(item, agent, rng)            one answer of a sloppy expert, who has many habits, good and bad
-    demonstration(rng), exercise(rng)   one conversation with that expert, and one that practises what is hardest to
-                                        learn from demonstrations; the tiny base is trained on both
-    draw(item, world, color)            the world as text for a terminal; draw_svg(item, world) returns an SVG picture
-    check(record)                       the item described by one line of --data FILE.jsonl, or ValueError
-    settings()                          the train scripts' defaults for this task
-    base, base_batch, base_steps        the name of its tiny base (runs with the same name share one), conversations
-                                        per training step of that base, and the number of these steps
-    pattern                             regular expression that splits text into words for the tiny base's tokenizer
-
-The class Task implements most of them; a new task must define random_item, key, observation, judge and expert.
+    judge(item, responses, turn, world) the Outcome of a joint action; world is that of the last turn, None at turn 0
+    expert(item, agent, rng)            one answer of a sloppy expert, whose many habits, good and bad, RL selects from
 
 One worked example, strbuild with the string "I" at turn 0 of 4:
 
@@ -30,10 +14,9 @@ One worked example, strbuild with the string "I" at turn 0 of 4:
     agent 0 answers    /setblock 0 4 0 oak_planks        agent 1 answers    /setblock 1 4 0 obsidian
                        /setblock 2 4 0 stone                                /setblock 1 0 0 white_concrete
 
-I has 13 cells; 4 are filled and nothing else is: coverage = IoU = 4/13. The three blocks in the top row touch and
-differ: adjacent_same_ratio = 0. Each agent used both of its blocks: missing_palettes = 0. reward = 2 x 4/13 = 0.615;
-the training reward is reward - 2 = -1.385, score is 100 x IoU = 30.8, and since -1.385 is not above -0.1 there is a
-next turn: each agent gets its own answer back and is told which cells belong to the string.
+4 of I's 13 cells are filled and no others; no equal blocks touch, and each agent used both of its blocks: reward =
+2 x 4/13 = 0.615. The training reward is 0.615 - 2 = -1.385, score is 100 x IoU = 30.8, and since -1.385 is not above
+-0.1 there is a next turn: each agent gets its own answer back and is told which cells belong to the string.
 
     python tasks.py --task strbuild     # an item, what each agent sees, two answers and the reward taken apart
 """
@@ -206,13 +189,14 @@ def record(task, episode, step):
 
 
 class Task:
-    """What tasks share. Each adds random_item, key, observation, judge and expert, and check for --data FILE.jsonl."""
+    """What tasks share; the methods that a new task must add stand at the top of this file."""
     turns, agents = 1, (1, 2)                         # T, the default of --num_turns; the possible numbers of agents
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
-    max_new_tokens, base_batch, base_steps, pattern = 128, 6, 1400, r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"
-    steps, batch_size, lr = 20, 16, 1e-3              # defaults of the train scripts
+    max_new_tokens, steps, batch_size, lr = 128, 20, 16, 1e-3  # defaults of the train scripts
+    base_batch, base_steps = 6, 1400                  # the tiny base: conversations per training step, steps
+    pattern = r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"      # splits text into words for the tiny base's tokenizer
     fixed_items, drawn = [], 2000                     # built-in items: these, and so many random ones
-    hub_sources = []                                  # real data: [(name, training split, held-out split)]
+    hub_sources, plan = [], None  # real data: [(name, training split, held-out split)]; what minecraft_sim.draw shows
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
         self.name = self.base = type(self).__name__.lower()
@@ -254,15 +238,15 @@ class Task:
         return zlib.crc32(self.key(item).encode()) % 10 == 3
 
     def random_training_item(self, rng):
-        """A random item that is not held out."""
-        while self.is_held_out(item := self.random_item(rng)):
-            pass
-        return item
+        item = self.random_item(rng)
+        return self.random_training_item(rng) if self.is_held_out(item) else item
 
     def check(self, record):
+        """The item that one line of --data FILE.jsonl describes, or ValueError."""
         raise InputError(f"{self.name} reads no items from a file: it has no check(record).")
 
     def instructions(self, agent):
+        """The rules, given once as the system message."""
         return f"You are agent {agent + 1} of {self.num_agents}. You cannot talk to each other."
 
     def judge_all(self, items, answers, turn, worlds):
@@ -270,11 +254,8 @@ class Task:
         return [self.judge(item, responses, turn, world) for item, responses, world in zip(items, answers, worlds)]
 
     def outcome(self, reward, score, parts, turn, done, world=None, feedback=None):
-        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last.
-
-        parts must have the same numeric keys at every judgement, which evaluations average; lists are not logged.
-        """
-        numbers = {name: part for name, part in parts.items() if not isinstance(part, list)}
+        """An Outcome; default feedback: the dense reward. A sparse reward is 0 in all turns but the episode's last."""
+        numbers = {name: part for name, part in parts.items() if not isinstance(part, list)}  # evaluations average them
         for name, number in [("reward", reward), ("score", score), *numbers.items()]:
             if not (isinstance(number, (int, float)) and abs(number) < math.inf):
                 raise InputError(f"task {self.name}: {name} is {number!r} at turn {turn}; it must be a finite number.")
@@ -286,6 +267,7 @@ class Task:
         return Outcome(reward, score, parts, done, feedback, world)
 
     def demonstration(self, rng):
+        """A conversation with the expert, on which the tiny base is trained."""
         item, team = self.random_training_item(rng), copy.copy(self)
         team.num_agents = rng.choice([*self.agents, self.agents[-1]])  # one base serves all options
         team.feedback_mode = self.feedback_modes[0]
@@ -301,13 +283,16 @@ class Task:
         return self.judge(item, responses, turn).feedback
 
     def exercise(self, rng):
+        """A conversation that practises what the tiny base learns too slowly from demonstrations."""
         return self.demonstration(rng)
 
     def draw(self, item, world, color=False):
-        return ""
+        return sim.draw(self.plan(item), world, color) if self.plan else ""
 
     def draw_svg(self, item, world):
-        raise InputError(f"{self.name} has no picture.")
+        if not self.plan:
+            raise InputError(f"{self.name} has no picture.")
+        return sim.draw_svg(self.plan(item), world)
 
 
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
@@ -317,14 +302,13 @@ class StrBuild(Task):
     """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
 
     Rules and reward: minecraft_sim.strbuild_score. The training reward is reward - 2; above -0.1 the episode ends.
-    Built-in strings have 1 to 4 letters. ICML, CLIM (the paper's evaluation strings) and one in ten of the other
-    strings of two or more letters are held out: never trained on, and in no demonstration.
+    Held out are ICML and CLIM, the paper's evaluation strings, and one in ten of all others of two or more letters.
     """
     # a cell is one token, and a block with the line break and the command after it is another: 2 tokens per command;
     # each letter and its number are separate tokens, so that unseen strings consist of seen tokens
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
-    fixed_items, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
+    fixed_items, drawn, plan = [{"string": "ICML"}, {"string": "CLIM"}], 6000, staticmethod(sim.wall_plan)
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
@@ -333,22 +317,16 @@ class StrBuild(Task):
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
     def check(self, record):
-        if not isinstance(record.get("string"), str):
-            raise InputError('a line needs the key "string", as in {"string": "ICML"}')
-        if len(record["string"]) > 64:
-            raise InputError("a string has at most 64 letters")
-        try:
-            sim.string_target(record["string"])
-        except ValueError as error:
-            raise InputError(error) from None
-        return {"string": record["string"].upper()}
+        string = record.get("string")
+        if not (isinstance(string, str) and re.fullmatch("[A-Za-z0-9]{1,64}", string)):
+            raise InputError(f'a line needs a "string" of at most 64 letters A-Z and digits 0-9, not {string!r:.90}')
+        return {"string": string.upper()}
 
     def random_item(self, rng):
-        while True:
-            string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(
-                4 if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])))
-            if not self.persistent or len(sim.target_cells(sim.string_target(string))) > 3 * self.max_commands:
-                return {"string": string}
+        length = 4 if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])
+        string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(length))
+        too_small = self.persistent and len(sim.target_cells(sim.string_target(string))) <= 3 * self.max_commands
+        return self.random_item(rng) if too_small else {"string": string}
 
     def key(self, item):
         return item["string"]
@@ -367,49 +345,25 @@ class StrBuild(Task):
                 f"your blocks: {' or '.join(self.palettes[agent])}.")
 
     def observation(self, item, agent):
-        return f"Build{self.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
-
-    @staticmethod
-    def letters_text(string, end=""):
-        """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
-        return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(string, 1))
-
-    @staticmethod
-    def cells_text(string, cells):
-        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
-        return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
-                       for index, group in sim.cells_by_letter(cells).items())
+        return f"Build{sim.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
 
     def judge(self, item, responses, turn, world=None):
-        rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
+        string, start, feedback = item["string"], self.persistent and world or {}, []
+        rows = sim.string_target(string)
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
         world = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0]
-        feedback = [f"Turn {turn + 2} of {self.num_turns}. {self.feedback_text(item, agent, world, parts['reward'])}"
-                    for agent in range(self.num_agents)]
+        target = sim.target_cells(rows)
+        for palette in self.palettes:  # other agents' blocks are not revealed
+            own = {cell for cell, block in world.items() if block in palette}
+            told = {"score": f"The last build was worth {parts['reward']:.2f} of 2.",
+                    "perfect": f"Your wrong cells:{sim.cells_text(sorted(own.difference(target))) or ' none'}.",
+                    "position": f"Your {len(own)} blocks:{sim.letters_text(string, own)}." if self.persistent else (
+                        f"The cells:{sim.letters_text(string, target)}. Fill about half, no equal neighbours.")}
+            feedback.append(f"Turn {turn + 2} of {self.num_turns}. {told[self.feedback_mode]}")
         reward = parts["reward"] - 2
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, feedback)
 
-    def feedback_text(self, item, agent, world, reward):
-        """What an agent is told about the world that was built; other agents' blocks are not revealed."""
-        if self.feedback_mode == "score":
-            return f"The last build was worth {reward:.2f} of 2."
-        target = sim.target_cells(sim.string_target(item["string"]))
-        own = [cell for cell, block in world.items() if block in self.palettes[agent]]
-        if self.feedback_mode == "perfect":
-            wrong = sorted(set(own) - set(target))
-            return f"Your wrong cells:{''.join(' %d %d %d' % cell for cell in wrong) or ' none'}."
-        if self.persistent:
-            return f"Your {len(own)} blocks:{self.cells_text(item['string'], own)}."
-        return f"The cells:{self.cells_text(item['string'], target)}. Fill about half, no equal neighbours."
-
-    def draw(self, item, world, color=False):
-        return sim.draw(sim.wall_plan(sim.string_target(item["string"])), world, color)
-
-    def draw_svg(self, item, world):
-        return sim.draw_svg(sim.wall_plan(sim.string_target(item["string"])), world, item["string"])
-
     # the sloppy expert: it knows the shapes of letters and has many habits, good and bad, from which RL selects
-
     letter_habits = {"none": 5, "all": 1, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 2}  # habit: its weight
     block_habits = {"one": 3, "random": 4, "checker": 2}
     letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any; half of it in a team
@@ -430,42 +384,34 @@ class StrBuild(Task):
         return chat_messages(team.observation(item, agent), answers[-2], outcome.feedback[agent], answers[-1])
 
     def exercise(self, rng):
-        """A conversation in which the string is only spelled, twice.
-
-        What the base learns slowest is to look up in its prompt which letter has a given number, since only one token
-        in some thirty needs that: without this exercise it knows all shapes long before it stops guessing letters.
-        """
+        """A conversation in which the string is only spelled, twice."""
+        # else only one token in some thirty looks up which letter has a given number, and the tiny base would know all
+        # shapes long before it stops guessing letters
         string = self.random_training_item(rng)["string"]
-        answer = self.letters_text(string, "\n")
-        return chat_messages(f"Spell{self.letters_text(string)}.", answer, "Again.", answer)
+        answer = sim.letters_text(string, end="\n")
+        return chat_messages(f"Spell{sim.letters_text(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
-        """Its habits decide which letters it builds, often none at all, and with which blocks.
-
-        A heading such as " 2:C" precedes each letter. The simulator rejects that line at no cost; naming the letter
-        first lets the tiny base look it up once instead of for every cell.
-        """
+        """Its habits decide which letters it builds, often none at all, and with which blocks."""
         letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
             self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
         palette, answer = self.palettes[agent], ""
-        letters, one = sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
-        indices = list(letters)
+        letters = [*sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))).items()]
+        one = rng.choice(palette)
         if self.persistent:
-            chosen = {"none": [], "turn": [turn % len(indices)], "any": [rng.choice(indices)]}[letter_habit]
+            chosen = {"none": [], "turn": [letters[turn % len(letters)]], "any": [rng.choice(letters)]}[letter_habit]
             if self.num_agents > 1:
                 upper = rng.random() < 0.5
-                for index, cells in letters.items():
-                    middle = -(-len(cells) // 2)
-                    letters[index] = cells[:middle] if upper else cells[middle:]
+                chosen = [(index, cells[:(len(cells) + 1) // 2] if upper else cells[(len(cells) + 1) // 2:])
+                          for index, cells in chosen]
         else:
-            chosen = {"none": [], "all": indices, "odd": indices[::2], "even": indices[1::2], "first": indices[:1],
-                      "last": indices[-1:], "some": [i for i in indices if rng.random() < 0.5]}[letter_habit]
-        for index in chosen:
+            chosen = {"none": [], "all": letters, "odd": letters[::2], "even": letters[1::2], "first": letters[:1],
+                      "last": letters[-1:], "some": [letter for letter in letters if rng.random() < 0.5]}[letter_habit]
+        for index, cells in chosen:  # the heading, rejected at no cost, lets the tiny base look a letter up only once
             answer += f" {index + 1}:{item['string'][index]}\n"
-            for x, y, z in letters[index]:
-                checker = palette[(x + y) % len(palette)]
-                block = {"one": one, "random": rng.choice(palette), "checker": checker}[block_habit]
-                answer += f"/setblock {x} {y} {z} {block}\n"
+            for x, y, z in cells:
+                blocks = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}
+                answer += f"/setblock {x} {y} {z} {blocks[block_habit]}\n"
         return answer or "nothing\n"
 
 
@@ -475,13 +421,12 @@ class StrBuild(Task):
 class HouseBuild(Task):
     """Builders with limited blocks fill the boxes of a house, and one of them must kill the spiders.
 
-    Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends
-    (in the official code above 0 for the actor-critics, which never happens, and above -0.1 for Monte Carlo).
+    Rules and reward: minecraft_sim.housebuild_score. The training reward is reward - 1; above -0.05 the episode ends.
     """
     # a number, the line break and the command are one token, each corner is one, the block is one: 4 tokens per box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
-    turns, feedback_modes, max_new_tokens = 4, ["score", "position", "perfect"], 130
-    steps, lr = 28, 2e-3
+    turns, feedback_modes = 4, ["score", "position"]
+    max_new_tokens, steps, lr, plan = 130, 28, 2e-3, staticmethod(sim.house_plan)
 
     def random_item(self, rng):
         layers, inventory = sim.random_house(rng)
@@ -491,15 +436,10 @@ class HouseBuild(Task):
         return json.dumps(item["layers"])
 
     def check(self, record):
-        layers, inventory, attacks = record.get("layers"), record.get("inventory"), record.get("spider_attacks", [])
-        if not (isinstance(layers, dict) and isinstance(inventory, dict) and isinstance(attacks, list)
-                and all(isinstance(rows, list) and rows for rows in layers.values())
-                and all(isinstance(row, str) for rows in layers.values() for row in rows)
-                and all(isinstance(block, str) and re.fullmatch(r"\S+", block) for block in inventory.values())
-                and all(type(attack) is int and 0 <= attack < 1000 for attack in attacks)):
-            raise InputError('a line needs "layers" {"0": ["WW", ".."], ...} and "inventory" {"W": "planks", ...} with '
-                             'block names without blanks, and may have "spider_attacks" [2, 1, 3]')
-        return {"layers": sim.check_house(layers, inventory), "inventory": inventory, "spider_attacks": attacks}
+        try:
+            return sim.check_house(record.get("layers"), record.get("inventory"), record.get("spider_attacks", []))
+        except ValueError as error:
+            raise InputError(error) from None
 
     def instructions(self, agent):
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to "
@@ -511,44 +451,26 @@ class HouseBuild(Task):
     def observation(self, item, agent):
         limits = sim.block_limits(sim.house_target(item["layers"], item["inventory"]), self.num_agents)
         blocks = "".join(f" {count} {block}" for block, count in limits.items())
-        return (f"Spiders{''.join(f' {attack}' for attack in item['spider_attacks'])}. You have{blocks}. "
-                f"The house:\n{self.boxes_text(item)}")
-
-    @staticmethod
-    def boxes_text(item):
-        return "".join(" %d: %d %d %d %d %d %d %s\n" % (number, *low, *high, block) for number, (low, high, block)
-                       in enumerate(sim.house_boxes(item["layers"], item["inventory"]), 1))
+        attacks = "".join(f" {attack}" for attack in item["spider_attacks"])
+        return f"Spiders{attacks}. You have{blocks}. The house:\n{sim.house_text(item['layers'], item['inventory'])}"
 
     def judge(self, item, responses, turn, world=None):
-        layers, inventory, feedback = item["layers"], item["inventory"], None
-        parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
-        world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
+        house, told = (item["layers"], item["inventory"]), None  # None: the reward
+        parts = sim.housebuild_score(*house, responses, spider_attacks=item["spider_attacks"])
+        world, accepted, _ = sim.housebuild_world(*house, responses)
         parts["kills"] = sum(sim.KILL in commands for commands in accepted)
         if self.feedback_mode == "position":
-            feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.boxes_text(item)}"] * self.num_agents
-        elif self.feedback_mode == "perfect":
-            target, feedback = sim.house_target(layers, inventory), []
-            for commands in accepted:
-                wrong = ["\n %d %d %d %d %d %d %s" % (*low, *high, block) for low, high, block in commands
-                         if sim.to_blame(low, high, block, world, target)]
-                feedback.append(f"Turn {turn + 2}. Your fills with wrong cells:{''.join(wrong) or ' none'}")
+            told = [f"Turn {turn + 2}. Fill about half of these:\n{sim.house_text(*house)}"] * self.num_agents
         reward = parts["reward"] - 1
-        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, feedback)
-
-    def draw(self, item, world, color=False):
-        return sim.draw(sim.house_plan(item["layers"], item["inventory"]), world, color)
-
-    def draw_svg(self, item, world):
-        return sim.draw_svg(sim.house_plan(item["layers"], item["inventory"]), world, "house")
+        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, told)
 
     # the sloppy expert: its habit decides which boxes it fills; if it kills, it leaves out the first quarter of these
-
     box_habits = {"none": 3, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
 
     def expert(self, item, agent, rng):
         """A heading such as " 7:" precedes each command, because a tiny base finds a box by its number."""
         habit = rng.choices(list(self.box_habits), self.box_habits.values())[0]
-        boxes = self.boxes_text(item).splitlines(keepends=True)
+        boxes = sim.house_text(item["layers"], item["inventory"]).splitlines(keepends=True)
         chosen = {"none": [], "all": boxes, "odd": boxes[::2], "even": boxes[1::2], "first": boxes[:len(boxes) // 2],
                   "last": boxes[len(boxes) // 2:], "some": [box for box in boxes if rng.random() < 0.5]}[habit]
         kill = rng.random() < 0.4
@@ -557,28 +479,26 @@ class HouseBuild(Task):
 
     def exercise(self, rng):
         """A conversation in which a short list of random boxes is copied."""
-        boxes = "".join(" %d: %d %d %d %d %d %d %s\n" % (
-            number, *(rng.randrange(8) for _ in range(6)), rng.choice(sim.HOUSE_BLOCKS))
-            for number in range(1, rng.randint(4, 10)))
+        boxes = sim.boxes_text([([rng.randrange(8) for _ in range(3)], [rng.randrange(8) for _ in range(3)],
+                                 rng.choice(sim.HOUSE_BLOCKS)) for _ in range(rng.randint(3, 9))])
         return chat_messages(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
 
 
 # --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
 
-# phrases are matched as substrings of the lower-cased text: "as" is found in "was", "while" in "meanwhile"
-TRANSITIONS = {
-    "elaboration": ["furthermore", "in addition", "moreover", "additionally"],
-    "examples": ["for example", "for instance", "such as", "namely"],
-    "explanation": ["in other words", "that is to say", "specifically", "to clarify"],
-    "cause_effect": ["therefore", "as a result", "consequently", "thus", "hence", "because"],
-    "contrast": ["however", "although", "on the other hand", "while", "in contrast", "nevertheless"],
-    "sequence": ["in summary", "meanwhile", "firstly", "secondly", "subsequently"],
-    "emphasis": ["indeed", "above all", "in particular", "notably"],
-    "summary": ["in summary", "in conclusion", "to sum up", "overall"],
-    "comparison": ["similarly", "likewise", "in the same way", "compared to"],
-    "concession": ["however", "although", "while", "despite", "even though"],
-    "condition": ["provided that", "unless", "in case", "otherwise"],
-    "time": ["meanwhile", "as", "while", "afterwards", "beforehand"]}
+TRANSITIONS = {  # regular expressions, which find "as" in "was" and "while" in "meanwhile"
+    "elaboration": "furthermore|in addition|moreover|additionally",
+    "examples": "for example|for instance|such as|namely",
+    "explanation": "in other words|that is to say|specifically|to clarify",
+    "cause_effect": "therefore|as a result|consequently|thus|hence|because",
+    "contrast": "however|although|on the other hand|while|in contrast|nevertheless",
+    "sequence": "in summary|meanwhile|firstly|secondly|subsequently",
+    "emphasis": "indeed|above all|in particular|notably",
+    "summary": "in summary|in conclusion|to sum up|overall",
+    "comparison": "similarly|likewise|in the same way|compared to",
+    "concession": "however|although|while|despite|even though",
+    "condition": "provided that|unless|in case|otherwise",
+    "time": "meanwhile|as|while|afterwards|beforehand"}
 STOPWORDS = set("""a about above after again against all am an and any are as at be because been before being below
     between both but by can did do does doing down during each few for from further had has have having he her here hers
     him his how i if in into is it its itself just me more most my no nor not now of off on once only or other our out
@@ -591,74 +511,55 @@ def trapezoid(x, low, rise, fall, high):
 
     trapezoid(1.35, 1.1, 1.6, 3.2, 5.0) is 0.5, at 1.1 it is 0.0 and at 1.0 None.
     """
-    if not low <= x <= high:
-        return None
-    return (x - low) / (rise - low) if x < rise else (high - x) / (high - fall) if x > fall else 1.0
+    return min(1.0, (x - low) / (rise - low), (high - x) / (high - fall)) if low <= x <= high else None
 
 
 def writing_levels(first, second, num_words, length_ratio, vocabulary_ratio, full_overlap, transitions_in_both):
-    """The four levels of the reward of two texts, {name: points}; after a level that fails the others give 0.
+    """The four levels of the reward of two texts, {name: points}; from the first one that fails they give 0.
 
-    num_words: fewest and most words of a text; *_ratio: trapezoids of second / first in characters and in distinct
-    words; full_overlap: the Jaccard overlap of content words that earns all of its points; transitions_in_both: whether
-    transitions count in both texts or only in the second.
+    num_words: fewest and most words of a text; *_ratio: trapezoids of second / first in characters and distinct words;
+    full_overlap: the Jaccard overlap of content words that earns all points; transitions_in_both: not in second alone.
     """
-    levels = {"structure": 0.0, "coordination": 0.0, "vocabulary": 0.0, "style": 0.0}
-    if not all(num_words[0] <= len(text.split()) <= num_words[1] for text in (first, second)):
-        return levels
-    levels["structure"] = 0.5
-    length = trapezoid(len(second) / len(first), *length_ratio)
-    if length is None:
-        return levels
-    levels["coordination"] = length
-    words = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
-    variety = trapezoid(len(words[1]) / len(words[0]), *vocabulary_ratio) if words[0] else None
-    if variety is None:
-        return levels
-    levels["vocabulary"] = 0.5 * variety
+    fit = all(num_words[0] <= len(text.split()) <= num_words[1] for text in (first, second))
+    one, two = (set(re.findall(r"\w+", text.lower())) for text in (first, second))
     text = (first + second if transitions_in_both else second).lower()
-    categories = sum(any(phrase in text for phrase in phrases) for phrases in TRANSITIONS.values())
-    content = [distinct - STOPWORDS for distinct in words]
-    union = content[0] | content[1]
-    overlap = min(len(content[0] & content[1]) / len(union) if union else 1.0, full_overlap) / full_overlap
-    levels["style"] = 0.4 * (min(1.0, 0.4 + 0.05 * (categories - 1)) if categories else 0.0) + 0.6 * overlap
-    return levels
-
-
-TLDR_LEVELS = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
-               "vocabulary_ratio": (1.3, 2.0, math.inf, math.inf), "transitions_in_both": False}
-ARXIV_LEVELS = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
-                "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
+    categories = sum(bool(re.search(phrases, text)) for phrases in TRANSITIONS.values())
+    transitions = min(1.0, 0.4 + 0.05 * (categories - 1)) if categories else 0.0
+    shared, union = (one & two) - STOPWORDS, (one | two) - STOPWORDS
+    overlap = min(len(shared) / len(union) if union else 1.0, full_overlap) / full_overlap
+    levels = {"structure": (0.5, 1.0 if fit else None),  # name: (its most points, the share that is earned)
+              "coordination": (1.0, trapezoid(len(second) / max(1, len(first)), *length_ratio)),
+              "vocabulary": (0.5, trapezoid(len(two) / len(one) if one else 0, *vocabulary_ratio)),
+              "style": (1.0, 0.4 * transitions + 0.6 * overlap)}
+    earned = itertools.takewhile(lambda level: level[1][1] is not None, levels.items())
+    return dict.fromkeys(levels, 0.0) | {name: most * share for name, (most, share) in earned}
 
 
 def tldr_reward(first, second):
     """The joint reward of a concise and a detailed summary, 0..3 (the best is 2.98); see writing_levels.
 
-    Eight times "red" and twenty times "blue": 31 and 99 characters, ratio 3.19: structure 0.5, coordination 1; with one
-    distinct word each the second text has too few (1 < 1.3 x 1), so 1.5 in all.
+    Eight times "red", twenty times "blue": 31 and 99 characters, ratio 3.19, give 0.5 + 1; one distinct word fails.
     """
-    return sum(writing_levels(first, second, **TLDR_LEVELS).values())
+    return sum(writing_levels(first, second, **TLDR.levels).values())
 
 
 def arxiv_reward(first, second):
     """The joint reward of a paper's background and motivation, and its methodology and implications, 0..3."""
-    return sum(writing_levels(first, second, **ARXIV_LEVELS).values())
+    return sum(writing_levels(first, second, **ArXiv.levels).values())
 
 
-OPENERS = ["Furthermore", "In addition", "For example", "In other words", "Therefore", "However", "Meanwhile", "Indeed",
-           "In summary", "Similarly", "Despite this", "Otherwise", "Afterwards", "As a result", "On the other hand",
-           "Notably"]
+OPENERS = ("Furthermore|In addition|For example|In other words|Therefore|However|Meanwhile|Indeed|In summary|Similarly|"
+           "Despite this|Otherwise|Afterwards|As a result|On the other hand|Notably").split("|")
 
 
 class Writing(Task):
-    """Two texts about a source text, which must fit each other; tldr and arxiv define the source and the bounds.
+    """Two texts about a source text, which must fit each other; a single agent writes both, a line ===== in between.
 
-    The training reward is tldr_reward or arxiv_reward, 0..3; above 2.9 the episode ends. A single agent writes both
-    texts, with a line ===== between them.
+    The training reward is that of writing_levels, 0..3; above 2.9 the episode ends. tldr and arxiv set source, its key
+    in an item; roles, who writes what; levels, the bounds of the reward; facts, template and sentences, of which items
+    and demonstrations are made; and an expert's habits, of which each text draws one: keep, how likely a sentence is
+    kept; max_sentences, by role; opened, the share of sentences with a transition.
     """
-    # subclasses set source, its key in an item; roles, who writes what; facts, template and sentences, for items and
-    # demonstrations; levels, the arguments of writing_levels; and the expert's habits, of which each text draws one:
-    # keep, how likely a sentence is kept; max_sentences, by role; opened, the share of sentences with a transition
     short_start, opened = "", [0, 0.3, 1]  # short_start: the beginning of a text that will be too short
 
     def setup(self):
@@ -683,9 +584,8 @@ class Writing(Task):
         return f"{team}The two texts must fit each other in length and words. Answer with the text and nothing else."
 
     def observation(self, item, agent):
-        request = "Write {}, then a line =====, then {}.".format(*self.roles) if self.num_agents == 1 else (
-            f"Write {self.roles[agent]}.")
-        return f"{item[self.source]}\n{request}"
+        roles = self.roles if self.num_agents == 1 else [self.roles[agent]]
+        return f"{item[self.source]}\nWrite {', then a line =====, then '.join(roles)}."
 
     def judge(self, item, responses, turn, world=None):
         first, second = responses if len(responses) == 2 else (
@@ -694,28 +594,27 @@ class Writing(Task):
         reward = sum(parts.values())
         return self.outcome(reward, 100 * reward / 3, parts, turn, reward > 2.9)
 
-    # the sloppy expert goes through its sentences in order, leaves some out, and opens few or many with a transition
-
     def expert(self, item, agent, rng):
-        parts = [0, 1] if self.num_agents == 1 else [agent]
-        return " =====\n".join(self.write(item, part, rng) for part in parts)
-
-    def write(self, item, part, rng):
-        sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
-        keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
-        text = [self.short_start] if self.short_start and limit < len(sentences) else []
-        for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
-            sentence = sentence.format(**item["facts"])
-            if rng.random() < opened:
-                sentence = f"{rng.choice(OPENERS)}, {sentence[0].lower()}{sentence[1:]}"
-            text.append(sentence)
-        return " ".join(text)
+        """It goes through its sentences in order, leaves some out, and opens few or many with a transition."""
+        texts = []
+        for part in [0, 1] if self.num_agents == 1 else [agent]:
+            sentences = [" ".join(sentence.split()) + "." for sentence in self.sentences[part].split(".")[:-1]]
+            keep, limit, opened = rng.choice(self.keep), rng.choice(self.max_sentences[part]), rng.choice(self.opened)
+            text = [self.short_start] if self.short_start and limit < len(sentences) else []
+            for sentence in [s for s in sentences if rng.random() < keep][:limit] or sentences[:1]:
+                if rng.random() < opened:
+                    sentence = f"{rng.choice(OPENERS)}, {sentence[0].lower()}{sentence[1:]}"
+                text.append(sentence.format(**item["facts"]))
+            texts.append(" ".join(text))
+        return " =====\n".join(texts)
 
 
 class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
-    roles, levels = ("a concise summary", "a detailed summary"), TLDR_LEVELS
+    roles = "a concise summary", "a detailed summary"
+    levels = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
+              "vocabulary_ratio": (1.3, 2.0, 1e8, 1e9), "transitions_in_both": False}  # many more words do not hurt
     steps, batch_size, lr = 32, 64, 1.5e-3
     base_steps, keep, max_sentences = 900, [0.8, 1, 1], [[3, 3, 3, 8, 8], [2, 7]]
     facts = {  # what varies; a value follows the same word in posts and in summaries
@@ -744,7 +643,9 @@ class TLDR(Writing):
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles, levels = ("background and motivation", "methodology and implications"), ARXIV_LEVELS
+    roles = "background and motivation", "methodology and implications"
+    levels = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
+              "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
     steps, batch_size, lr = 32, 64, 5e-4
     pattern = r" ?(?:\p{L}{1,4} )*[\p{L}_']+[.,:]?|\d|\s+|[^\s\p{L}]"  # short words join the next one: half the tokens
     base_steps, base_batch, max_new_tokens = 800, 12, 136

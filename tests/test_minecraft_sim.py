@@ -21,6 +21,7 @@ def test_letters_and_targets():
     assert string_target("9") == [".###.", "#...#", ".####", "....#", ".###."]
     assert string_target("ic")[:2] == ["#####...####", "..#....#...."]
     assert target_cells(["##", "#."]) == [(0, 1, 0), (1, 1, 0), (0, 0, 0)]
+    assert (sim.letters_text("IC"), sim.letters_text("IC", [(9, 4, 0), (8, 4, 0)])) == (" 1:I 2:C", " 2:C 8 4 0 9 4 0")
     for text in ["", "A B", "ß", "A\0"]:
         with pytest.raises(ValueError):
             string_target(text)
