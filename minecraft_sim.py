@@ -18,14 +18,14 @@ One worked example. The target is 2 rows of 3 columns: 4 target cells, 2 backgro
     missing_palettes     agent 1 never used white_concrete                              1
     reward = 2 x 0.75 - 1.5 x 0.50 - 0.25 - 0.25 x 1 = 0.25   (the best is 2);   IoU = 3 / (4 + 1) = 0.6
 
-    python minecraft_sim.py                       # two scripted builders write ICML
-    python minecraft_sim.py LLM --svg llm.svg     # another string, and an isometric picture of it
+    python minecraft_sim.py [LLM] [--svg llm.svg]     # two scripted builders write ICML or LLM; and a picture of it
 """
 import argparse
 import collections
 import itertools
 import os
 import re
+import signal
 
 # --- the target: a string as a wall of cells --------------------------------------------------------------------------
 
@@ -432,18 +432,18 @@ def main():
     args = parser.parse_args()
     try:
         target, grid, title = wall_plan({"string": args.text.upper()})
-        rows = string_target(title)
-        responses = scripted_builders(rows)
+        responses = scripted_builders(rows := string_target(title))
         score, (world, *_) = (f(rows, responses, PALETTES) for f in (strbuild_score, strbuild_world))
         if args.svg:
             with open(args.svg, "w", encoding="utf-8") as file:
                 file.write(draw_svg((target, grid, f"{title}, IoU {score['iou']:.2f}"), world))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
+        for agent, response in enumerate(responses):
+            print(f"agent {agent} has {' and '.join(PALETTES[agent])}; answers: {' '.join(response.split()[:5])} ...")
+        print(f"\n{draw((target, grid, title), world, os.isatty(1))}\n")
+        print(", ".join(f"{name} {part:.3f}" for name, part in score.items() if name != "accepted"), flush=True)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    print(draw((target, grid, title), world, os.isatty(1)) + "\n")
-    print("reward {reward:.3f} = 2 x {coverage:.3f} coverage - 1.5 x {extra_ratio:.3f} extra_ratio"
-          " - {adjacent_same_ratio:.3f} adjacent_same_ratio - 0.25 x {missing_palettes} missing_palettes; IoU {iou:.3f}"
-          .format(**score))
 
 
 if __name__ == "__main__":
