@@ -328,13 +328,13 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 class LanguageModel:
     """A frozen causal LM and its tokenizer, with any number of LoRA adapters (PEFT); one at a time is in use."""
 
-    def __init__(self, folder, device="cpu", rank=16, gradient_checkpointing=False, compiled=False):
+    def __init__(self, folder, device="cpu", rank=16, gradient_checkpointing=False, compiled=False, dtype=None):
         self.folder, self.device, self.rank = folder, device, rank
         self.compiled_step, self.truncated = None, 0  # truncated: inputs that were, on the left
         try:
             self.tokenizer, end, self.has_system_role = load_tokenizer(folder)
             self.causal_lm = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+                folder, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
                 attn_implementation="packed", trust_remote_code=False)
         except Exception as error:  # third-party files can fail in any way
             raise InputError(f"{folder} is no model that can be loaded: {first_line(error)}") from None

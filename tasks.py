@@ -148,31 +148,22 @@ def minibatches(episodes, group_size, num_minibatches, rng):
     return [sum(groups[k:k + size], []) for k in range(0, len(groups), size)]
 
 
-def log_text(line, keys):
-    """Entries of a log line for the terminal: {"train/score": 43.7, "x": [1, 0.5]} gives "score 43.7 | x [1 0.5]"."""
-    def text(value):
-        if isinstance(value, list):
-            return f"[{' '.join(map(text, value))}]"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " | ".join(f"{key.removeprefix('train/').removeprefix('eval/')} {text(line[key])}" for key in keys)
-
-
 def printable(text):
     """Text whose control characters are spelled out, so that it cannot steer a terminal; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def dialogue(task, episode, color):
-    """A whole episode as text, turn by turn: what each agent was told and answered, the world and the reward."""
+def dialogue(task, episode, color, last=False):
+    """An episode (or its last turn) as text: what each agent was told and answered, the world and the reward."""
     lines = []
-    for t, turn in enumerate(episode.turns):
+    for t, turn in list(enumerate(episode.turns))[-1 if last else 0:]:
         for agent, response in enumerate(turn.responses):
             told = history(task, Episode(episode.item, episode.turns[:t]), agent)[-1]["content"]
             prompt, answer = printable(" ".join(told.split())), printable(response.strip() or "(nothing)").split("\n")
             suffix = f" ... {len(answer)} lines" if len(answer) > 4 else ""
             lines += [f"turn {t} | agent {agent} is told: {prompt if len(prompt) < 100 else prompt[:80] + ' ...'}",
                       f"       | agent {agent} answers: {'; '.join(answer[:4])}{suffix}"]
-        lines += [task.draw(episode.item, turn.outcome.world, color),
+        lines += [*filter(None, [task.draw(episode.item, turn.outcome.world, color)]),
                   f"       | reward {turn.outcome.reward:.3f}, score {turn.outcome.score:.1f}\n"]
     return "\n".join(lines)
 
@@ -192,14 +183,19 @@ class Task:
     """What tasks share; the methods that a new task must add stand at the top of this file."""
     turns, agents = 1, (1, 2)                         # T, the default of --num_turns; the possible numbers of agents
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
-    max_new_tokens, steps, batch_size, lr = 128, 20, 16, 1e-3  # defaults of the train scripts
+    max_new_tokens, steps, batch_size, lr = 128, 20, 16, 1e-3  # the train scripts' defaults for the tiny base, and
+    real = {"max_new_tokens": 256, "steps": 25, "batch_size": 16, "lr": 5e-4, "critic_lr": 2e-4, "temperature": 0.7,
+            "eval_items": 24}                         # those that differ for any other model
     base_batch, base_steps = 6, 1400                  # the tiny base: conversations per training step, steps
     pattern = r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"      # splits text into words for the tiny base's tokenizer
     fixed_items, drawn = [], 2000                     # built-in items: these, and so many random ones
     hub_sources, plan = [], None  # real data: [(name, training split, held-out split)]; what minecraft_sim.draw shows
 
-    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt"):
-        self.name = self.base = type(self).__name__.lower()
+    def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt",
+                 real=False):
+        """real: whether the agents are real language models, which need fuller prompts than the tiny base."""
+        self.name, self.is_real = type(self).__name__.lower(), real
+        self.base = self.name
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("num_agents", num_agents, self.agents), ("world", world, self.worlds),
@@ -222,10 +218,14 @@ class Task:
         """For a task to override: what it has to set before its items are made."""
 
     def settings(self):
-        """The train scripts' defaults that depend on the task, and a checksum of its items for --resume."""
-        defaults = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
-        items = json.dumps([self.train_items, self.eval_items])
-        return defaults | {"feedback": self.feedback_mode, "base": self.base, "items": zlib.crc32(items.encode())}
+        """The train scripts' defaults that depend on the task and its model."""
+        tiny = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
+        tiny |= {"critic_lr": 2e-3, "temperature": 1.0, "eval_items": 128, "feedback": self.feedback_mode}
+        return tiny | self.real if self.is_real else tiny
+
+    def checksum(self):
+        """A checksum of the items, for --resume."""
+        return zlib.crc32(json.dumps([self.train_items, self.eval_items]).encode())
 
     def builtin_items(self):
         rng = random.Random(0)
@@ -1145,6 +1145,13 @@ def read_config(out_dir):
     raise InputError(f"{out_dir} is not a run folder: it has no readable config.json.")
 
 
+def eval_defaults(folder):
+    """What --eval_only takes from a run's config.json, where there is one, unless it is given."""
+    config = read_config(folder) if Path(folder, "config.json").exists() else {}
+    names = {"model", "lora_rank", "max_new_tokens", "temperature", "top_p", *TASK_OPTIONS}
+    return {name: config[name] for name in names & config.keys()}
+
+
 class Output(io.TextIOWrapper):
     """A standard stream of a run: where it is closed or its disk is full, what is printed is lost, not the training."""
 
@@ -1163,11 +1170,15 @@ class Run:
     may_change = {"steps", "resume", "overwrite", "eval_only", "eval_every", "save_every", "out_dir", "device",
                   "threads", "micro_batch", "gradient_checkpointing", "compile", "data", "model"}
     team = {"algorithm", "task", "world", "num_agents", "lora_rank"}  # what --eval_only may not change
+    columns = [  # of the table that is printed: head, key in the log, width, digits
+        ("step", "step", 5, 0), ("joint actions", "joint_actions", 15, 0), ("score", "/score", 8, 1),
+        ("return", "/return", 9, 2), ("tokens", "/response_tokens", 8, 0), ("entropy", "policy/entropy", 9, 3),
+        ("cut", "/truncated", 7, 2), ("seconds", "seconds", 9, 1)]
 
-    def __init__(self, args, rank):
+    def __init__(self, args, rank, given):
         """Raise InputError rather than overwrite another run or other files, or continue a run with other settings."""
-        args.out_dir = args.out_dir or f"out/{args.algorithm}-{args.task}"
         self.args, self.rank, self.interrupts, self.folder = args, rank, [], Path(args.out_dir)
+        self.rows, self.warnings = 0, []  # printed so far
         self.texts = {"log.jsonl": "", "samples.txt": "", "samples.jsonl": ""}
         if not rank:
             fds = (os.dup(fd) if stream else os.devnull for fd, stream in ((1, sys.stdout), (2, sys.stderr)))
@@ -1198,6 +1209,9 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when this process ends, however it does
             except BlockingIOError:
                 raise InputError(f"another process is training in {self.folder}.") from None
+        for title, names in ("given", given), (f"defaults of {args.task} with {args.model}", vars(args).keys() - given):
+            settings = ", ".join(f"{name}={value}" for name, value in vars(args).items() if name in names)
+            print(textwrap.fill(f"{title}: {settings or 'nothing'}", 100, subsequent_indent="    "))
 
     def open(self, keys):
         """Prepare the folder's files; returns what save() saved, for --resume and --eval_only, or None."""
@@ -1235,6 +1249,27 @@ class Run:
             if not self.rank:
                 with exit_on_error(), open(self.folder / name, "a", encoding="utf-8") as file:
                     file.write(text)
+
+    def show(self, line, seconds, left=None):
+        """Print a line of the log as a row of a table; its heads return every 20 rows, a warning comes once."""
+        kind = "eval" if "eval/score" in line else "train"
+        line = {key.removeprefix(kind): value for key, value in line.items()} | {"seconds": seconds}
+        row = "".join(f"{line[key]:{width}.{digits}f}" if key in line else " " * width
+                      for _, key, width, digits in self.columns)
+        heads = "".join(f"{head:>{width}}" for head, _, width, _ in self.columns) + "      left\n"
+        tqdm.write(heads * (self.rows % 20 == 0) + row + (
+            "  held-out" if left is None else f"{left // 60:7.0f}:{left % 60:02.0f}"))
+        self.rows += 1
+        for holds, warning in [(line["/truncated"] > 0.5, "most answers are cut at max_new_tokens"),
+                               (line.get("policy/grad_norm") == 0, "equal returns in a step: nothing to learn")]:
+            if holds and warning not in self.warnings:
+                self.warnings.append(warning)
+                tqdm.write(f"warning: {warning}")
+
+    def evaluations(self):
+        """The first and the last evaluation of the run, lines of its log."""
+        lines = [line for line in map(json.loads, self.texts["log.jsonl"].splitlines()) if "eval/score" in line]
+        return lines[0], lines[-1]
 
     def catch_interrupts(self):
         """From now on Ctrl-C and SIGTERM (torchrun's Ctrl-C) only fill self.interrupts; a second one kills."""

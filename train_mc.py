@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from critic import explained_variance_stats, mean, returns_differ, summary
 from model import all_gather, init_distributed, load_models, memory_gb, optimizer_step, shard
-from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, exit_on_error, get_task, history, log_text,
+from tasks import (TASK_OPTIONS, TASKS, Episode, Run, Turn, dialogue, eval_defaults, exit_on_error, get_task, history,
                    minibatches, number)
 
 ALGORITHM = "mc"
@@ -47,6 +47,7 @@ group = parser.add_argument_group("model")
 group.add_argument("--model", default="tiny", help="tiny (built on first use), a folder or id of a causal LM, or A,B")
 group.add_argument("--lora_rank", type=natural, default=16, help="rank of every LoRA adapter (default 16)")
 group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+group.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base (default bfloat16 on a GPU only)")
 group.add_argument("--compile", action="store_true", help="compile the decoding step (for GPUs; slow at first)")
 group.add_argument("--threads", type=natural, default=None, help="CPU threads (default: torch's choice)")
 group = parser.add_argument_group("task")
@@ -61,7 +62,7 @@ group = parser.add_argument_group("rollout")
 group.add_argument("--batch_size", type=natural, default=None, help="B, episodes per step and process (the task's)")
 group.add_argument("--group_size", type=natural, default=4, help="G, episodes on the same item in a step (default 4)")
 group.add_argument("--max_new_tokens", type=natural, default=None, help="maximum tokens per answer (the task's)")
-group.add_argument("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling and of log pi (default 1)")
+group.add_argument("--temperature", type=number(float, 1e-3), help="of sampling and of log pi (default 1)")
 group.add_argument("--top_p", type=number(float, 1e-3, 1), default=1.0, help="nucleus sampling (default 1: all tokens)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=number(int, 0), default=None, help="training steps (default: the task's)")
@@ -77,26 +78,31 @@ group.add_argument("--seed", type=number(int, 0), default=0, help="two runs with
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
 group.add_argument("--eval_every", type=number(int, 0), default=0, help="steps between evaluations (0: first and last)")
+group.add_argument("--eval_items", type=natural, default=None, help="held-out items to evaluate on (default: all)")
 group.add_argument("--save_every", type=natural, default=5, help="steps between saves (default 5)")
 group = group.add_mutually_exclusive_group()
 group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")
 group.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
 group.add_argument("--eval_only", action="store_true", help="evaluate the agents in out_dir, or the raw model if none")
 args = parser.parse_args()
-args.algorithm = ALGORITHM
 
 # --- seed, device, output folder --------------------------------------------------------------------------------------
 
 start_time = time.time()
 with exit_on_error():
+    args.out_dir = args.out_dir or f"out/{ALGORITHM}-{args.task}"
+    if args.eval_only:  # acts as in training, unless other settings are given
+        parser.set_defaults(out_dir=args.out_dir, **eval_defaults(args.out_dir))
+        args = parser.parse_args()
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     rank, args.ranks, args.device = init_distributed(args.device)
-    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
-    vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name) is None})
-    run = Run(args, rank)  # the output folder
-    print("\n".join(f"{name:>15}: {value}" for name, value in vars(args).items()))
+    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS}, real=args.model != "tiny")
+    vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name, "") is None})
+    args.algorithm, args.base, args.items = ALGORITHM, task.base, task.checksum()
+    run = Run(args, rank, given)  # the output folder
     torch.set_num_threads(args.threads or torch.get_num_threads())
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.gradient_checkpointing,
-                      args.compile)  # one per agent; builds the tiny base if missing
+                      args.compile, args.dtype)  # one per agent; builds the tiny base if missing
 torch.manual_seed(args.seed)
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
@@ -232,33 +238,32 @@ def update_actors(episodes):
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
-def evaluate(show):
-    """Play every held-out item once; all go to samples.jsonl, four to samples.txt, `show` are printed."""
-    started, episodes = time.time(), []
+def evaluate(show=False):
+    """Play every held-out item once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
+    started, episodes, items = time.time(), [], task.eval_items[:args.eval_items]
     size = args.batch_size * args.ranks * (8 if lms[0].is_small else 1)  # at once; a small model has the room
     eval_generator = torch.Generator().manual_seed(1234)
-    for k in range(0, len(task.eval_items), size):
-        episodes += rollout(task.eval_items[k:k + size], eval_generator)
+    for k in tqdm(range(0, len(items), size), "held-out items", leave=False, disable=rank > 0 or None):
+        episodes += rollout(items[k:k + size], eval_generator)
         stop_if_interrupted()
     line = progress | summary(episodes, "eval", args.gamma, [lm.ends for lm in lms])
     if not args.eval_only:
         run.log(line, task, episodes)
-    for e in episodes[:show]:
-        print(f"\n=== {e.item}\n{dialogue(task, e, os.isatty(1))}")
-    keys = ["step", *(key for key in line if key.startswith("eval/"))]
-    tqdm.write(f"eval {log_text(line, keys)} | {time.time() - started:.1f} s")
+    run.show(line, time.time() - started)
+    if show:
+        print(f"\n{episodes[0].item}\n{dialogue(task, episodes[0], os.isatty(1), last=True)}")
 
 # --- training loop ----------------------------------------------------------------------------------------------------
 
 run.catch_interrupts()
 if args.eval_only:
-    evaluate(show=2)
+    evaluate(show=True)
     sys.exit()
 bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, unit="step",
-           dynamic_ncols=True, disable=rank > 0)
+           dynamic_ncols=True, disable=rank > 0 or None)
 for step in bar:
     if step == 0 or args.eval_every and step % args.eval_every == 0:
-        evaluate(show=0)
+        evaluate()
     t0 = time.time()
     actor_optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
     for lm in lms:
@@ -278,19 +283,16 @@ for step in bar:
     line = progress | summary(episodes, "train", args.gamma, [lm.ends for lm in lms]) | stats | {
         "time/rollout_s": t1 - t0, "time/update_s": t2 - t1, "memory_gb": memory_gb(args.device)}
     run.log(line)
-    bar.set_postfix(ret=f"{line['train/return']:.2f}", score=f"{line['train/score']:.1f}",
-                    tok_s=f"{new_tokens / (t1 - t0):.0f}")
-    tqdm.write(log_text(line, (
-        "step", "train/return", "train/score", "train/turns", "train/response_tokens", "policy/entropy",
-        "policy/grad_norm", "value/explained_variance_by_turn", "time/rollout_s", "time/update_s",
-        "joint_actions")))
+    run.show(line, t2 - t0, progress["wall_s"] / (step + 1) * (args.steps - step - 1))
     stop_if_interrupted()
     if (step + 1) % args.save_every == 0:
         save()
 save()
-evaluate(show=2)
+evaluate(show=True)
 if rank == 0:  # the report in a process of its own: whatever goes wrong there does the run no harm
     subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "results", "report.py"), args.out_dir])
-print(f"\n{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.txt some "
-      f"episodes,\nreport.html curves and pictures; {time.time() - start_time:.0f} s in all. "
-      f"Next: python model.py {args.out_dir}")
+first, last = run.evaluations()
+print(f"{args.out_dir}: agent_*/ are the trained agents (PEFT adapters), log.jsonl every number, samples.jsonl whole "
+      f"episodes,\nreport.html pictures and the learning curve. Next: python model.py {args.out_dir}\nheld-out score "
+      f"{first['eval/score']:.1f} -> {last['eval/score']:.1f}, reward {first['eval/reward']:.2f} -> "
+      f"{last['eval/reward']:.2f}, {time.time() - start_time:.0f} s")
