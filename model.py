@@ -8,6 +8,7 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
 Shapes: B rows, T tokens, N answer tokens of all rows, C hidden size, V vocabulary size, P tokens of the longest prompt.
 
     python model.py out/cc-strbuild --string CLIM      # run the trained team: one process per agent, no critic
+    python model.py out/cc-strbuild out/mc-strbuild --items 20     # compare teams on 20 held-out items
     python model.py out/cc-strbuild --merge team       # team/agent_0, ...: plain models with merged adapters
 """
 import argparse
@@ -49,7 +50,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks import (TASK_OPTIONS, Episode, InputError, Turn, dialogue, exit_on_error, first_line, get_task, history,
-                   read_config)
+                   printable, read_config)
 
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
@@ -542,16 +543,28 @@ class LanguageModel:
 
 # --- decentralised execution ------------------------------------------------------------------------------------------
 
-def serve(args, config, agent):
+def serve(args, run, config):
     """Be one agent: for each line of standard input, a history (JSON: a list of messages), print the answer (JSON)."""
     torch.set_num_threads(1)
-    lm = LanguageModel(model_folders(config["model"], config["num_agents"], config["base"])[agent], args.device)
-    lm.add_adapter("agent", os.path.join(args.out_dir, f"agent_{agent}"))
-    generator, new = torch.Generator().manual_seed((args.seed * 1000 + agent) % 2 ** 63), config["max_new_tokens"]
+    folder = model_folders(config["model"], config["num_agents"], config["base"])[args.agent]
+    lm = LanguageModel(folder, args.device, dtype=config.get("dtype"))
+    lm.add_adapter("agent", os.path.join(run, f"agent_{args.agent}"))
+    generator, new = torch.Generator().manual_seed((args.seed * 1000 + args.agent) % 2 ** 63), config["max_new_tokens"]
     for line in sys.stdin:
         prompt, uniforms = lm.render(json.loads(line), lm.context - new), torch.rand(1, new, generator=generator)
         _, _, texts = lm.generate("agent", [prompt], uniforms, config["temperature"], config["top_p"])
         print(json.dumps(texts[0]), flush=True)
+
+
+def merge(args, run, config):
+    """Save each agent's base with its adapter merged into it as an ordinary model, FOLDER/agent_0, ..."""
+    if os.path.exists(args.merge):
+        raise InputError(f"{args.merge} already exists; choose another folder.")
+    for i, folder in enumerate(model_folders(config["model"], config["num_agents"], config["base"])):
+        lm = LanguageModel(folder)
+        lm.add_adapter("agent", f"{run}/agent_{i}")
+        model = lm.peft.merge_and_unload().to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
+        save_folder(f"{args.merge}/agent_{i}", lambda path: (model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
 
 
 def play(task, item, agents):
@@ -570,9 +583,11 @@ def play(task, item, agents):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Run a trained team: one process per agent, no critic.")
-    parser.add_argument("out_dir", help="folder of a run, such as out/cc-strbuild")
+    parser = argparse.ArgumentParser(description="Run trained teams: one process per agent, no critic.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, such as out/cc-strbuild")
+    parser.add_argument("--item", metavar="FILE", help="play your own: text, or a line of --data; - is standard input")
     parser.add_argument("--string", help="strbuild: what to build (default: the first held-out item)")
+    parser.add_argument("--items", type=int, default=1, help="so many held-out items, a line for each and the mean")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--agent", type=int, help="instead, be this agent: a history per line in, an answer out (JSON)")
@@ -581,26 +596,32 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process and its agents without a traceback
     with exit_on_error():
         init_distributed(args.device)  # checks that the device exists
-        config = read_config(args.out_dir)
-        if args.agent is not None:
-            return serve(args, config, args.agent)
-        if args.merge and os.path.exists(args.merge):
-            raise InputError(f"{args.merge} already exists; choose another folder.")
-        if args.merge:
-            for i, folder in enumerate(model_folders(config["model"], config["num_agents"], config["base"])):
-                lm, adapter, target = LanguageModel(folder), f"{args.out_dir}/agent_{i}", f"{args.merge}/agent_{i}"
-                lm.add_adapter("agent", adapter)
-                model = lm.peft.merge_and_unload().to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
-                save_folder(target, lambda path: (model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
-            return
-        task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name in config})
-        item = task.check({"string": args.string}) if args.string is not None else task.eval_items[0]
-        agents = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--agent", str(i)], text=True, bufsize=1,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE) for i in range(task.num_agents)]
-        episode = play(task, item, agents)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-        print(dialogue(task, episode, os.isatty(1)))
-        print(f"{item}: score {episode.turns[-1].outcome.score:.1f} after {len(episode.turns)} turns", flush=True)
+        for run in args.runs:
+            config = read_config(run)
+            if args.agent is not None:
+                return serve(args, run, config)
+            if args.merge:
+                merge(args, run, config)
+                continue
+            options = {name: config[name] for name in TASK_OPTIONS if name in config and name != "data"}
+            task = get_task(config["task"], real=config["model"] != "tiny", **options)
+            source = sys.stdin if args.item == "-" else open(args.item, encoding="utf-8") if args.item else None
+            text = args.string if args.string is not None else source and source.read()
+            items = task.eval_items[:args.items] if text is None else [task.own_item(text)]
+            options = ["--seed", args.seed, "--device", args.device]
+            agents = [subprocess.Popen([sys.executable, __file__, run, *map(str, options), "--agent", str(i)], text=True,
+                                       bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                      for i in range(task.num_agents)]
+            scores = []
+            for item in items:
+                episode = play(task, item, agents)
+                scores.append(episode.turns[-1].outcome.score)
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
+                if len(items) == 1:
+                    print(dialogue(task, episode, os.isatty(1)))
+                print(f"{printable(str(item))[:60]}: score {scores[-1]:.1f} after {len(episode.turns)} turns", flush=True)
+            if len(items) > 1:
+                print(f"{run}: mean score {sum(scores) / len(scores):.1f} of {len(scores)} items", flush=True)
 
 
 if __name__ == "__main__":

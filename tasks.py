@@ -189,6 +189,7 @@ class Task:
     base_batch, base_steps = 6, 1400                  # the tiny base: conversations per training step, steps
     pattern = r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"      # splits text into words for the tiny base's tokenizer
     fixed_items, drawn = [], 2000                     # built-in items: these, and so many random ones
+    source = ""                                       # the key of an item that is a text, if it is
     hub_sources, plan = [], None  # real data: [(name, training split, held-out split)]; what minecraft_sim.draw shows
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt",
@@ -244,6 +245,11 @@ class Task:
     def check(self, record):
         """The item that one line of --data FILE.jsonl describes, or ValueError."""
         raise InputError(f"{self.name} reads no items from a file: it has no check(record).")
+
+    def own_item(self, text):
+        """A person's item: a JSON object as in --data, or just its text, if such items are texts."""
+        record = json.loads(text) if text.lstrip().startswith("{") else {self.source: text.strip()}
+        return self.check(record)
 
     def instructions(self, agent):
         """The rules, given once as the system message."""
@@ -307,6 +313,7 @@ class StrBuild(Task):
     # a cell is one token, and a block with the line break and the command after it is another: 2 tokens per command;
     # each letter and its number are separate tokens, so that unseen strings consist of seen tokens
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
+    source = "string"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn, plan = [{"string": "ICML"}, {"string": "CLIM"}], 6000, staticmethod(sim.wall_plan)
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
