@@ -564,7 +564,8 @@ def merge(args, run, config):
         lm = LanguageModel(folder)
         lm.add_adapter("agent", f"{run}/agent_{i}")
         model = lm.peft.merge_and_unload().to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
-        save_folder(f"{args.merge}/agent_{i}", lambda path: (model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
+        save_folder(f"{args.merge}/agent_{i}", lambda path: (
+            model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
 
 
 def play(task, item, agents):
@@ -608,10 +609,9 @@ def main():
             source = sys.stdin if args.item == "-" else open(args.item, encoding="utf-8") if args.item else None
             text = args.string if args.string is not None else source and source.read()
             items = task.eval_items[:args.items] if text is None else [task.own_item(text)]
-            options = ["--seed", args.seed, "--device", args.device]
-            agents = [subprocess.Popen([sys.executable, __file__, run, *map(str, options), "--agent", str(i)], text=True,
-                                       bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                      for i in range(task.num_agents)]
+            command = [sys.executable, __file__, run, "--seed", str(args.seed), "--device", args.device, "--agent"]
+            agents = [subprocess.Popen([*command, str(i)], text=True, bufsize=1, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE) for i in range(task.num_agents)]
             scores = []
             for item in items:
                 episode = play(task, item, agents)
@@ -619,7 +619,8 @@ def main():
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
                 if len(items) == 1:
                     print(dialogue(task, episode, os.isatty(1)))
-                print(f"{printable(str(item))[:60]}: score {scores[-1]:.1f} after {len(episode.turns)} turns", flush=True)
+                shown, turns = printable(str(item))[:60], len(episode.turns)
+                print(f"{shown}: score {scores[-1]:.1f} after {turns} turns", flush=True)
             if len(items) > 1:
                 print(f"{run}: mean score {sum(scores) / len(scores):.1f} of {len(scores)} items", flush=True)
 
