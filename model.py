@@ -7,9 +7,9 @@ The language model: one frozen base in memory, one LoRA adapter per agent (and c
 
 Shapes: B rows, T tokens, N answer tokens of all rows, C hidden size, V vocabulary size, P tokens of the longest prompt.
 
-    python model.py out/cc-strbuild --string CLIM      # run the trained team: one process per agent, no critic
-    python model.py out/cc-strbuild out/mc-strbuild --items 20     # compare teams on 20 held-out items
-    python model.py out/cc-strbuild --merge team       # team/agent_0, ...: plain models with merged adapters
+    python model.py out/cc-strbuild --string CLIM           # run the trained team: one process per agent, no critic
+    python model.py out/cc-strbuild out/mc-strbuild --items 20     # compare teams
+    python model.py out/cc-strbuild --merge team            # team/agent_0, ...: plain models with merged adapters
 """
 import argparse
 import atexit
@@ -23,6 +23,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,13 +51,13 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks import (TASK_OPTIONS, Episode, InputError, Turn, dialogue, exit_on_error, first_line, get_task, history,
-                   printable, read_config)
+                   printable, read_config, write_atomic)
 
 # --- the tiny base ----------------------------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                  "{% if add_generation_prompt %}assistant:{% endif %}")
+PLAIN_TEMPLATE = ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+                  "{% if add_generation_prompt %}### assistant:\n{% endif %}")
 # the tiny base has learned the rules from its demonstrations, so its template omits the system message
 TEMPLATE = ("{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
             "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -68,18 +69,13 @@ def train_bpe(texts, pattern):
     Each distinct word (a match of pattern) counts once, and merging continues until every word is a single token:
     train_bpe(["aab aab"], r"\\w+|\\s") adds b"aa" with rank 256 and b"aab" with rank 257.
     """
-    words = [[bytes([byte]) for byte in word.encode()]
+    words = ["".join(f"<{byte:02x}>" for byte in word.encode())  # "ab" is <61><62>, and <6162> when it is merged
              for word in sorted({word for text in texts for word in regex.findall(pattern, text)})]
     ranks = {bytes([byte]): byte for byte in range(256)}
-    while counts := collections.Counter(pair for word in words for pair in zip(word, word[1:])):
+    while counts := collections.Counter(pair for word in words for pair in itertools.pairwise(word[1:-1].split("><"))):
         left, right = max(counts, key=counts.get)
-        ranks[left + right] = len(ranks)
-        for word in words:
-            i = 0
-            while i + 1 < len(word):
-                if word[i] == left and word[i + 1] == right:
-                    word[i:i + 2] = [left + right]
-                i += 1
+        ranks[bytes.fromhex(left + right)] = len(ranks)
+        words = [word.replace(f"<{left}><{right}>", f"<{left}{right}>") for word in words]
     return ranks
 
 
@@ -111,8 +107,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         pad_token_id=pad, rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pool = []
-    bar = tqdm(range(steps), desc=f"building {folder}", unit="step", dynamic_ncols=True)
-    for step in bar:
+    for step in tqdm(range(steps), f"building {folder}", unit="step", dynamic_ncols=True):
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, warm_up), cosine)
         if not pool or step == warm_up:  # batches of conversations of similar length need little padding
@@ -137,7 +132,6 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     tokenizer = bpe_tokenizer(ranks, task.pattern, SPECIAL_TOKENS, pad_token="<|pad|>", eos_token="<|end|>",
                               additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
     save_folder(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path), Path(
@@ -153,18 +147,14 @@ def training_checksum(task):
 
 
 def save_folder(folder, save):
-    """Call save(temporary folder), then move its files to `folder`, one by one: no reader sees an incomplete file."""
-    parent, umask = os.path.dirname(folder) or ".", os.umask(0)
-    os.umask(umask)
+    """Call save(temporary folder), then copy its files to `folder`, one by one: no reader sees an incomplete file."""
     try:
-        os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as build:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=os.path.dirname(folder) or ".") as build:
             save(build)
-            os.makedirs(folder, exist_ok=True)
             files = [path for path in Path(build).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
-                path.chmod(0o666 & ~umask)  # safetensors' own mode hides it from other users
-                path.replace(Path(folder, path.name))
+                write_atomic(Path(folder, path.name), lambda part: shutil.copyfile(path, part))  # as the umask says
     except Exception as error:  # a full disk: safetensors has an exception of its own
         raise OSError(f"{folder} cannot be written: {first_line(error)}") from None
 
@@ -238,11 +228,8 @@ def memory_gb(device):
 # --- several GPUs or machines -----------------------------------------------------------------------------------------
 
 def init_distributed(device):
-    """(rank, world size, device); under torchrun it joins the process group.
-
-    Every rank draws the same random numbers, plays its shard of the episodes, gets all of them, and computes its shard
-    of each minibatch's gradient: N ranks with N x B episodes in all update as one rank would.
-    """
+    """(rank, world size, device); under torchrun N ranks, with B episodes each, act as one rank with N x B would: each
+    draws the same random numbers, plays its shard of the episodes and computes its shard of every gradient."""
     if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device != "cpu" and not (regex.fullmatch(r"cuda(:\d+)?", device) and
@@ -342,6 +329,8 @@ class LanguageModel:
         self.causal_lm.to(device).eval().requires_grad_(False)
         config, eos = self.causal_lm.config.get_text_config(), self.causal_lm.generation_config.eos_token_id
         self.ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}  # tokens that end an answer
+        if self.tokenizer.chat_template.endswith(PLAIN_TEMPLATE):  # a base model stops at the next message
+            self.ends |= {number for token, number in self.tokenizer.get_vocab().items() if "###" in token}
         if not self.ends:
             raise InputError(f"{folder} has no token that could end an answer.")
         rope = getattr(config, "rope_parameters", None) or {}  # longrope: cached keys are wrong beyond the original
@@ -486,7 +475,8 @@ class LanguageModel:
                     cache.batch_select_indices(index)
                     token, mask, position = token[index], mask[index], position[index]
                 ids, position = token[:, None], position[:, -1:] + 1  # (rows that still run, 1)
-        return tokens, logps, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = [row[:-1] if row[-1] in self.ends else row for row in tokens]  # ends may be ordinary tokens
+        return tokens, logps, self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
     def pack(self, sequences, first):
         """(model inputs for B token-id lists as one row without padding, indices of their tokens from first[b] on).
@@ -529,11 +519,10 @@ class LanguageModel:
 
     def load_adapter_state(self, state):
         """Load all adapters' weights from what adapter_state returned; InputError unless they are all there."""
-        own = {key: p.data for key, p in self.causal_lm.named_parameters() if "lora_" in key}
+        own = self.adapter_state()
         if not own or any(key not in state or state[key].shape != own[key].shape for key in own):
             raise InputError(f"the saved state does not hold the adapters that {self.folder} has here.")
-        for key, weights in own.items():
-            weights.copy_(state[key])
+        self.causal_lm.load_state_dict({key: state[key] for key in own}, strict=False)
 
     def save_adapter(self, name, out_dir):
         """Save out_dir/name/ in PEFT's format, with the base's fingerprint."""
@@ -586,8 +575,8 @@ def play(task, item, agents):
 def main():
     parser = argparse.ArgumentParser(description="Run trained teams: one process per agent, no critic.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, such as out/cc-strbuild")
-    parser.add_argument("--item", metavar="FILE", help="play your own: text, or a line of --data; - is standard input")
-    parser.add_argument("--string", help="strbuild: what to build (default: the first held-out item)")
+    parser.add_argument("--item", "--string", help="play your own: its text, a file or - for standard input, with its "
+                                                   "text or a line of --data (default: the first held-out item)")
     parser.add_argument("--items", type=int, default=1, help="so many held-out items, a line for each and the mean")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -605,9 +594,9 @@ def main():
                 merge(args, run, config)
                 continue
             options = {name: config[name] for name in TASK_OPTIONS if name in config and name != "data"}
-            task = get_task(config["task"], real=config["model"] != "tiny", **options)
-            source = sys.stdin if args.item == "-" else open(args.item, encoding="utf-8") if args.item else None
-            text = args.string if args.string is not None else source and source.read()
+            task = get_task(config["task"], **options)
+            text = sys.stdin.read() if args.item == "-" else args.item
+            text = Path(text).read_text(encoding="utf-8") if os.path.isfile(text or "") else text
             items = task.eval_items[:args.items] if text is None else [task.own_item(text)]
             command = [sys.executable, __file__, run, "--seed", str(args.seed), "--device", args.device, "--agent"]
             agents = [subprocess.Popen([*command, str(i)], text=True, bufsize=1, stdin=subprocess.PIPE,
@@ -617,10 +606,8 @@ def main():
                 episode = play(task, item, agents)
                 scores.append(episode.turns[-1].outcome.score)
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
-                if len(items) == 1:
-                    print(dialogue(task, episode, os.isatty(1)))
-                shown, turns = printable(str(item))[:60], len(episode.turns)
-                print(f"{shown}: score {scores[-1]:.1f} after {turns} turns", flush=True)
+                print(dialogue(task, episode, os.isatty(1)) * (len(items) == 1) + f"{printable(str(item))[:60]}: score "
+                      f"{scores[-1]:.1f} after {len(episode.turns)} turns", flush=True)
             if len(items) > 1:
                 print(f"{run}: mean score {sum(scores) / len(scores):.1f} of {len(scores)} items", flush=True)
 

@@ -193,10 +193,9 @@ class Task:
     hub_sources, plan = [], None  # real data: [(name, training split, held-out split)]; what minecraft_sim.draw shows
 
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt",
-                 real=False):
-        """real: whether the agents are real language models, which need fuller prompts than the tiny base."""
-        self.name, self.is_real = type(self).__name__.lower(), real
-        self.base = self.name
+                 model="tiny"):
+        self.name = self.base = type(self).__name__.lower()
+        self.is_real = model != "tiny" and not Path(model, "trained_on.txt").exists()  # it needs fuller prompts
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("num_agents", num_agents, self.agents), ("world", world, self.worlds),
@@ -1127,7 +1126,7 @@ def read_config(out_dir):
 def eval_defaults(folder):
     """What --eval_only takes from a run's config.json, where there is one, unless it is given."""
     config = read_config(folder) if Path(folder, "config.json").exists() else {}
-    names = {"model", "lora_rank", "max_new_tokens", "temperature", "top_p", *TASK_OPTIONS}
+    names = {"lora_rank", "max_new_tokens", "temperature", "top_p", *TASK_OPTIONS}
     return {name: config[name] for name in names & config.keys()}
 
 
@@ -1264,7 +1263,7 @@ class Run:
 # --- all tasks, and python tasks.py -----------------------------------------------------------------------------------
 
 TASKS = {"tldr": TLDR, "arxiv": ArXiv, "coophe": CoopHE, "strbuild": StrBuild, "housebuild": HouseBuild}
-TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world"]
+TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world", "model"]
 
 
 def get_task(name, num_turns=None, **options):

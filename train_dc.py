@@ -97,7 +97,7 @@ with exit_on_error():
         args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     rank, args.ranks, args.device = init_distributed(args.device)
-    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS}, real=args.model != "tiny")
+    task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name, "") is None})
     args.algorithm, args.base, args.items = ALGORITHM, task.base, task.checksum()
     run = Run(args, rank, given)  # the output folder

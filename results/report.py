@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import TASK_OPTIONS, InputError, Task, exit_on_error, get_task, printable, read_config, write_atomic
+from tasks import TASK_OPTIONS, InputError, exit_on_error, get_task, printable, read_config, write_atomic
 
 COLORS = ["#c8102e", "#1f77b4", "#2ca02c", "#9467bd", "#e07b00", "#17a2b8", "#8c564b", "#6c757d"]
 HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -101,8 +101,8 @@ def chart(logs):
 def episode(task, record):
     """(The last picture, all turns: picture and reward, then each agent's prompt and whole answer), both as HTML."""
     picture, html, world, item = "", "", None, record["item"]
-    has_picture = type(task).draw_svg is not Task.draw_svg
-    if has_picture and type(task).check is not Task.check:
+    has_picture = bool(task.plan)
+    if has_picture:
         item = task.check(item)  # JSON made texts of the heights of a house
     for t, turn in enumerate(record["turns"]):
         if has_picture:

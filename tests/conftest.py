@@ -73,9 +73,10 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Scripts that run in this process set signal handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Scripts that run in this process set signal handlers and their standard streams."""
+    before, streams = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, (sys.stdout, sys.stderr)
     yield
+    sys.stdout, sys.stderr = streams
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -88,7 +89,7 @@ def inside(workplace, monkeypatch):
         arguments = ["--out_dir", f"inside-{workplace.count}", *arguments]  # the last --out_dir counts
         monkeypatch.chdir(workplace.folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        run, end, runs, init, streams = {}, 0, [], Run.__init__, (sys.stdout, sys.stderr)
+        run, end, runs, init = {}, 0, [], Run.__init__
         monkeypatch.setattr(Run, "__init__", lambda self, *args: (runs.append(self), init(self, *args))[1])
         try:
             run = runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -96,7 +97,6 @@ def inside(workplace, monkeypatch):
         except SystemExit as error:
             end = error.code or 0
         finally:
-            sys.stdout, sys.stderr = streams
             monkeypatch.setattr(Run, "__init__", init)
             for own in runs:  # a script's end would free its lock
                 vars(own).pop("lock").close() if hasattr(own, "lock") else None

@@ -285,7 +285,7 @@ LAST = "{% if messages[-1].role != 'user' %}{{ raise_exception('the last message
     (LAST + MISTRAL, "</s>", "<s>[INST] Rules.\n\nDo. [/INST]"),
     (GLM, "<|user|>", "<|system|>\nRules.<|user|>\nDo.<|assistant|>\n"),  # an answer ends where the next message begins
     (FORGETS, "<|im_end|>", "<|im_start|>user\nRules.\n\nDo.<|im_end|>\n<|im_start|>assistant\n"),
-    (None, "<eos>", "system: Rules.\nuser: Do.\nassistant:")],
+    (None, "<eos>", "### system:\nRules.\n### user:\nDo.\n### assistant:\n")],
     ids=["qwen3", "llama3", "gemma", "mistral", "last-is-user", "glm", "forgets-system", "none"])
 def test_every_chat_format_is_spoken_and_its_end_is_known(template, end, expected, tmp_path):
     lm = LanguageModel(make_folder(tmp_path, LlamaConfig, GROUPED, template, "<eos>"))

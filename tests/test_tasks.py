@@ -188,7 +188,7 @@ def test_a_file_of_ones_own(tmp_path):
     def strings(*lines):
         path.write_text("\ufeff" + "\n".join(lines), newline="\r\n")  # as Windows editors save it
         task = get_task("strbuild", data=str(path))
-        sums.append(task.settings()["items"])
+        sums.append(task.checksum())
         return [[item["string"] for item in items] for items in (task.train_items, task.eval_items)]
     one, two, held_out = '{"string": "cat"}', '{"string": "DOG", "split": "train", "note": 1}', '{"string": "Cow", "split": "eval"}'
     assert strings(one, "", two, held_out) == [["CAT", "DOG"], ["COW"]]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
 from model import LanguageModel
-from tasks import Episode, InputError, Run, StrBuild, Turn, dialogue, get_task, history, log_text
+from tasks import Episode, InputError, Run, StrBuild, Turn, dialogue, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
@@ -321,7 +321,7 @@ def test_two_ranks_are_one_rank_with_twice_the_episodes(script, inside, place):
     ranks = start_ranks(place, script, *arguments, "--out_dir", "two-" + script)
     one, two = inside(script, *arguments, "--batch_size", 8)["args"].out_dir, place.folder / ("two-" + script)
     join(ranks, 0)
-    assert "step 1" in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
+    assert "\n    1 " in ranks[0].out.read_text() and ranks[1].out.read_text() == ""
     assert len(log_of(two)) == 3  # one rank writes
     for left, right in zip(log_of(one), log_of(two), strict=True):
         assert left.keys() == right.keys()
@@ -415,7 +415,7 @@ def test_a_run_killed_in_its_first_save_resumes(inside, whole, tmp_path, monkeyp
     assert_same_run(folder, whole("train_cc.py"))
 
 
-def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of, tmp_path, capsys):
+def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of, tmp_path, capfd):
     folder = copy_of()
     good, state = (folder / "train_state.pt").read_bytes(), state_of(folder)
     trap = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "sprung"),))})()
@@ -432,7 +432,7 @@ def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of
         for flag in ("--resume", "--eval_only"):
             kept = bytes_of(folder)
             inside("train_cc.py", "--steps", 4, "--out_dir", folder, flag, code=2)
-            err = capsys.readouterr().err
+            err = capfd.readouterr().err
             assert message in err and err.count("\n") == 1, err
             assert bytes_of(folder) == kept or flag == "--resume"
     assert not (tmp_path / "sprung").exists()
@@ -440,18 +440,19 @@ def test_a_state_that_cannot_be_used_is_refused_and_runs_no_code(inside, copy_of
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------
 
-def test_eval_only_writes_nothing_and_sees_the_trained_team(inside, whole, place, capsys):
+def test_eval_only_writes_nothing_and_sees_the_trained_team(inside, whole, place, capfd):
     folder = whole("train_cc.py")
     before, last = bytes_of(folder), log_of(folder)[-1]
     inside("train_cc.py", "--out_dir", folder.name, "--eval_only")
-    out = capsys.readouterr().out
-    assert "eval " + log_text(last, ["step", *(key for key in last if key.startswith("eval/"))]) in out
-    assert (folder / "samples.txt").read_text().split("=== step 4, ")[1].split("\n", 1)[1].strip() in out  # the agents' words
+    out = capfd.readouterr().out
+    shown = [f"{last['eval/score']:.1f}", f"{last['eval/return']:.2f}", f"{last['eval/response_tokens']:.0f}"]
+    assert shown in [row.split()[2:5] for row in out.splitlines() if row.endswith("held-out")]
+    said = (folder / "samples.txt").read_text().split("=== step 4, ")[1]
+    assert said[said.index("turn 1 |"):].strip() in out  # the agents' last words
     inside("train_cc.py", "--out_dir", folder.name, "--eval_only", "--num_turns", 1)
-    out = capsys.readouterr().out
-    assert " | turns 1 | " in out
+    assert "turn 0 | agent 0 is told" in capfd.readouterr().out
     inside("train_cc.py", "--out_dir", "nothing", "--eval_only")
-    assert "There is no run in nothing: this evaluates the untrained team." in capsys.readouterr().out
+    assert "There is no run in nothing: this evaluates the untrained team." in capfd.readouterr().out
     assert bytes_of(folder) == before and not (place.folder / "nothing").exists()
 
 
@@ -474,22 +475,22 @@ def test_what_may_differ_between_a_run_and_its_continuation(tmp_path):
     for flag in refused:
         for key in keys:
             try:
-                Run(Namespace(**same | {"resume": False, "eval_only": False, flag: True, key: 2}), 0)
+                Run(Namespace(**same | {"resume": False, "eval_only": False, flag: True, key: 2}), 0, ())
             except InputError as error:
                 change = "the items differ" if key == "items" else f"{key} 1 -> 2"
                 assert f"was made with other settings: {change}." in str(error)
                 refused[flag].append(key)
     assert refused["eval_only"] == keys[:5] and refused["resume"] == keys[:9]
-    first = Run(Namespace(**same | dict(resume=True, eval_only=False)), 0)
+    first = Run(Namespace(**same | dict(resume=True, eval_only=False)), 0, ())
     with pytest.raises(InputError, match="another process is training in"):
-        Run(Namespace(**same | dict(resume=True, eval_only=False)), 0)
+        Run(Namespace(**same | dict(resume=True, eval_only=False)), 0, ())
     first.lock.close()
 
 
 @pytest.mark.parametrize("script, flag", [("train_cc.py", "--lr"), ("train_dc.py", "--critic_lr"), ("train_mc.py", "--lr")])
-def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(script, flag, inside, tmp_path, capsys):
+def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(script, flag, inside, tmp_path, capfd):
     inside(script, flag, 1e9, "--steps", 3, "--save_every", 1, "--passes", 1, "--minibatches", 1, "--out_dir", tmp_path, code=2)
-    assert "error: a gradient is NaN or infinite; lower learning rates may help.\n" in capsys.readouterr().err
+    assert "error: a gradient is NaN or infinite; lower learning rates may help.\n" in capfd.readouterr().err
     state = state_of(tmp_path)
     assert state["progress"]["step"] == 1 and all(weights.isfinite().all() for weights in state["adapters"].values())
 
@@ -509,14 +510,14 @@ def test_a_gradient_that_is_not_a_number_ends_the_run_and_spoils_nothing(script,
     "train_cc.py --out_dir whole-train_cc.py | holds another run; use --resume, --overwrite",
     "train_dc.py --out_dir whole-train_cc.py --resume | algorithm 'cc' -> 'dc'",
     "train_cc.py --out_dir whole-train_cc.py --resume --lr 0.5 | -> 0.5."])
-def test_a_users_error_is_one_sentence_and_nothing_is_made(case, inside, place, whole, monkeypatch, capsys):
+def test_a_users_error_is_one_sentence_and_nothing_is_made(case, inside, place, whole, monkeypatch, capfd):
     (script, *arguments), message = case.split(" | ")[0].split(), case.split(" | ")[1]
     (place.folder / "full").mkdir(exist_ok=True)
     (place.folder / "full" / "thesis.txt").write_text("mine")
     (place.folder / "broken.jsonl").write_text('{"string": "CAT"}\n{"string": "DOG"\n')
     kept = bytes_of(whole("train_cc.py"))
     inside(script, "--out_dir", "unborn", *arguments, code=2)
-    err = capsys.readouterr().err.splitlines()
+    err = capfd.readouterr().err.splitlines()
     assert message in err[-1] and "error: " in err[-1] and [line[:7] for line in err[:-1]] in ([], ["usage: "]), err
     assert not (place.folder / "unborn").exists() and os.listdir(place.folder / "full") == ["thesis.txt"]
     assert bytes_of(whole("train_cc.py")) == kept
@@ -524,7 +525,7 @@ def test_a_users_error_is_one_sentence_and_nothing_is_made(case, inside, place, 
 
 # --- the trained team at work -----------------------------------------------------------------------------------------
 
-def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, copy_of, monkeypatch, capsys):
+def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, copy_of, monkeypatch, capfd):
     """One process per agent, in a folder without a critic; then agent 1 in a folder without agent 0."""
     folder, episode = copy_of(), Episode({"string": "LI"})
     config = json.loads((folder / "config.json").read_text()) | {"temperature": 0.7, "top_p": 0.9}
@@ -551,7 +552,7 @@ def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, co
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["model.py", str(folder), "--device", "cpu", "--seed", "5", *arguments])
         model.main()
-        return capsys.readouterr().out
+        return capfd.readouterr().out
 
     monkeypatch.chdir(place.folder)
     out = main("--string", "li")
@@ -561,7 +562,7 @@ def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, co
     assert [json.loads(line) for line in main("--agent", "1").splitlines()] == [turn.responses[1] for turn in episode.turns]
 
 
-def test_merged_agents_are_plain_models(place, whole, tmp_path, monkeypatch, capsys):
+def test_merged_agents_are_plain_models(place, whole, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place.folder)
     monkeypatch.setattr(sys, "argv", ["model.py", "whole-train_mc.py", "--device", "cpu", "--merge", str(tmp_path / "team")])
     folder = whole("train_mc.py")
@@ -577,18 +578,18 @@ def test_merged_agents_are_plain_models(place, whole, tmp_path, monkeypatch, cap
         assert AutoTokenizer.from_pretrained(merged).chat_template == lm.tokenizer.chat_template
     with pytest.raises(SystemExit) as end:
         model.main()
-    assert end.value.code == 2 and "team already exists; choose another folder." in capsys.readouterr().err
+    assert end.value.code == 2 and "team already exists; choose another folder." in capfd.readouterr().err
 
 
-def test_playing_what_cannot_be_played(place, whole, copy_of, monkeypatch, capsys):
+def test_playing_what_cannot_be_played(place, whole, copy_of, monkeypatch, capfd):
     monkeypatch.chdir(place.folder)
     folder = copy_of()
     shutil.rmtree(folder / "agent_1")
     for arguments, message in [(["nowhere"], "nowhere is not a run folder"), ([place.tiny], "is not a run folder"),
-                               ([whole("train_cc.py"), "--string", "D?G"], "'?'"), ([folder, "--device", "cuda:99"], "cuda:99"),
+                               ([whole("train_cc.py"), "--string", "D?G"], "not 'D?G'"), ([folder, "--device", "cuda:99"], "cuda:99"),
                                ([folder, "--agent", 1], f"{folder}/agent_1 is no adapter of out/tiny-strbuild")]:
         monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             model.main()
-        err = capsys.readouterr().err
+        err = capfd.readouterr().err
         assert end.value.code == 2 and message in err and err.count("\n") == 1, err
