@@ -1,0 +1,89 @@
+"""
+The paper's Table 1 with tiny bases: five tasks, an untrained team, two single agents, MAGRPO, CoLLM-DC, CoLLM-CC.
+
+    python results/table1.py                      # prints the table of the runs in results/table1
+    python results/table1.py --run strbuild tldr  # makes these tasks' missing runs first, two at a time on one thread each
+
+Every run has the task's default settings, hence equally many episodes. It may be stopped and continued: a run that has
+ended is kept as results/table1/TASK-METHOD-seedK.jsonl, evaluations and scores of its log; others start anew.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TASKS = ["tldr", "arxiv", "coophe", "strbuild", "housebuild"]
+METHODS = {"grpo": ("GRPO, one agent", "train_mc.py --num_agents 1"),
+           "one": ("actor-critic, one agent", "train_cc.py --num_agents 1"), "mc": ("MAGRPO", "train_mc.py"),
+           "dc": ("CoLLM-DC", "train_dc.py"), "cc": ("CoLLM-CC", "train_cc.py")}
+COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "reward per turn": ("eval/reward", 2),
+           "turns": ("eval/turns", 2), "tokens an answer": ("eval/response_tokens", 0), "IoU": ("eval/iou", 2),
+           "adjacency": ("eval/adjacent_same_ratio", 2), "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2),
+           "pass rate": ("eval/pass_rate", 2)}
+KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
+
+
+def command(task, method, seed):
+    """The arguments of python for one run."""
+    return (f"{METHODS[method][1]} --task {task} --seed {seed} --threads 1 --device cpu "
+            f"--out_dir out/table1/{task}-{method}-seed{seed} --overwrite").split()
+
+
+def make(job):
+    """Run one training and keep its log in compact form, unless that has been done."""
+    path = HERE / "table1" / "{}-{}-seed{}.jsonl".format(*job)
+    if path.exists():
+        return
+    script, *arguments = command(*job)
+    folder = Path(arguments[arguments.index("--out_dir") + 1])
+    run = subprocess.run([sys.executable, HERE.parent / script, *arguments], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if run.returncode:
+        sys.exit(f"{path.stem}: {run.stderr}")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{path.stem}: score {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
+
+
+def spread(numbers, digits):
+    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"."""
+    numbers = list(numbers)
+    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):,.{digits}f}{deviation}"
+
+
+def table(task, folder=HERE / "table1"):
+    """The rows of one task in Markdown: its untrained team and every method that has runs."""
+    runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
+                     sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
+    teams = [run[0] for method in ("mc", "dc", "cc") for run in runs[method]]
+    rows = [("untrained team", teams[:1])] + [(METHODS[method][0], [run[-1] for run in own])
+                                              for method, own in runs.items()]
+    rows = [(name, evaluations) for name, evaluations in rows if evaluations]
+    shown = {head: column for head, column in COLUMNS.items() if rows and column[0] in rows[0][1][0]}
+    lines = [f"| {task} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
+    return "\n".join(lines + [f"| {name} | {len(evaluations)} | " + " | ".join(
+        spread((line[key] for line in evaluations), digits) for key, digits in shown.values()) + " |"
+        for name, evaluations in rows]) if rows else ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", choices=TASKS, default=[], metavar="TASK", help="make missing runs of these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of these methods")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
+    args = parser.parse_args()
+    for task in args.run:  # builds the tiny base
+        subprocess.run([sys.executable, HERE.parent / "train_cc.py", "--task", task, "--eval_only", "--eval_items", "1",
+                        "--out_dir", "out/table1/base"], stdout=subprocess.DEVNULL, check=True)
+    jobs = [(task, method, seed) for seed in range(args.seeds) for task in args.run for method in args.methods]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(make, jobs))
+    print("\n\n".join(filter(None, map(table, TASKS))))
