@@ -177,6 +177,16 @@ def build_world(responses, palettes, bbox, max_commands, start=(), verb="setbloc
     return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
 
 
+def overlap(target, accepted):
+    """Share of the target's cells that the accepted commands of at least two agents fill; 0 if the work is divided.
+
+    If agent 0 fills both cells of a target and agent 1 one of them and a background cell, it is 1/2.
+    """
+    filled = [{cell for low, high, block in commands if block not in EMPTY for cell in box_cells(low, high)}
+              for commands in accepted]
+    return sum(sum(cell in cells for cells in filled) > 1 for cell in target) / max(1, len(target))
+
+
 # --- strbuild: the world and its score --------------------------------------------------------------------------------
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):

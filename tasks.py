@@ -396,7 +396,8 @@ class StrBuild(Task):
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
-        world = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0]
+        world, accepted, _ = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)
+        parts["overlap"] = sim.overlap(sim.target_cells(rows), accepted)
         feedback = [f"Turn {turn + 2} of {self.num_turns}. {self.feedback_text(item, agent, world, parts['reward'])}"
                     for agent in range(self.num_agents)]
         reward = parts["reward"] - 2
@@ -537,6 +538,7 @@ class HouseBuild(Task):
         parts = sim.housebuild_score(layers, inventory, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(layers, inventory, responses)
         parts["kills"] = sum(sim.KILL in commands for commands in accepted)
+        parts["overlap"] = sim.overlap(sim.house_target(layers, inventory), accepted)
         if self.feedback_mode == "position":
             feedback = [f"Turn {turn + 2}. Fill about half of these:\n{self.boxes_text(item)}"] * self.num_agents
         elif self.feedback_mode == "perfect":

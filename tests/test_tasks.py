@@ -83,6 +83,15 @@ def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
     assert {re.sub(r"\d:[A-Z]", "N:L", line) for line in rejected} == {"N:L", "nothing"}
 
 
+def test_overlap_is_what_two_agents_build_both():
+    builds = "/setblock 0 4 0 stone\n/setblock 1 4 0 stone\n/setblock 0 3 0 stone", "/setblock 0 4 0 obsidian\n/setblock 1 4 0 air"
+    assert get_task("strbuild").judge({"string": "I"}, builds, 0).parts["overlap"] == pytest.approx(1 / 13)
+    house = {"layers": {"0": ["PPP"]}, "inventory": {"P": "planks"}, "spider_attacks": []}
+    house = get_task("housebuild").check(house)
+    fills = "fill 0 0 0 1 0 0 planks\nkill", "fill 1 0 0 2 0 0 planks\nfill 1 0 0 1 0 0 planks\nkill"
+    assert get_task("housebuild").judge(house, fills, 0).parts["overlap"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("world", ["rebuilt", "persistent"])
 @pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
 def test_a_demonstration_reads_like_an_episode(feedback, world):
