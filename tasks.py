@@ -338,11 +338,13 @@ class StrBuild(Task):
     pattern = r" \d+ \d+ \d+| \d+:| \w+\n(?:/setblock)?|\n?/setblock|\n|[A-Z0-9]| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn = [{"string": "ICML"}, {"string": "CLIM"}], 6000
+    base_steps, steps = 2000, 32
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
         if self.persistent:  # three turns' commands fill no built-in string; conversations are shorter
-            self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
+            self.base, self.base_batch, self.base_steps = "strbuild-persistent", 14, 1400
+            self.max_commands, self.max_new_tokens = 14, 40
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
     def check(self, record):
@@ -387,11 +389,15 @@ class StrBuild(Task):
         """" 1:I 2:C 3:M 4:L" for "ICML": each letter with its number."""
         return "".join(f" {number}:{letter}{end}" for number, letter in enumerate(string, 1))
 
-    @staticmethod
-    def cells_text(string, cells):
-        """" 2:C 8 4 0 9 4 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
+    def cells_by_letter(self, cells):
+        """sim.cells_by_letter, but of each letter first the cells with even x + y, one color of a checkerboard."""
+        return {index: group if self.persistent else sorted(group, key=lambda cell: (cell[0] + cell[1]) % 2)
+                for index, group in sim.cells_by_letter(cells).items()}
+
+    def cells_text(self, string, cells):
+        """" 2:C 8 4 0 9 3 0" for two cells of the C in "IC"; a cell between two letters belongs to the left one."""
         return "".join(f" {index + 1}:{string[index]}" + "".join(" %d %d %d" % cell for cell in group)
-                       for index, group in sim.cells_by_letter(cells).items())
+                       for index, group in self.cells_by_letter(cells).items())
 
     def judge(self, item, responses, turn, world=None):
         rows, start = sim.string_target(item["string"]), world if world and self.persistent else {}
@@ -424,9 +430,10 @@ class StrBuild(Task):
 
     # the sloppy expert: it knows the shapes of letters and has many habits, good and bad, from which RL selects
 
-    letter_habits = {"none": 5, "all": 1, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 2}  # habit: its weight
-    block_habits = {"one": 3, "random": 4, "checker": 2}
-    letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any; half of it in a team
+    letter_habits = {"none": 2, "all": 4, "first": 1, "last": 1}  # habit: its weight
+    block_habits = {"one": 3, "checker": 6}
+    letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any
+    block_habits_persistent = {"one": 3, "random": 4, "checker": 2}
 
     def demonstration(self, rng):
         """A conversation with two answers; the tiny base learns all of its messages but the first."""
@@ -454,30 +461,30 @@ class StrBuild(Task):
         return chat_messages(f"Spell{self.letters_text(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
-        """Its habits decide which letters it builds, often none at all, and with which blocks.
+        """Its habits decide which letters it builds, often none at all, and with which blocks; in a team half of each.
 
         A heading such as " 2:C" precedes each letter. The simulator rejects that line at no cost; naming the letter
         first lets the tiny base look it up once instead of for every cell.
         """
         letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
-            self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
+            (self.letter_habits_persistent, self.block_habits_persistent) if self.persistent else
+            (self.letter_habits, self.block_habits)))
         palette, answer = self.palettes[agent], ""
-        letters, one = sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
+        letters, one = self.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))), rng.choice(palette)
         indices = list(letters)
         if self.persistent:
             chosen = {"none": [], "turn": [turn % len(indices)], "any": [rng.choice(indices)]}[letter_habit]
-            if self.num_agents > 1:
-                upper = rng.random() < 0.5
-                for index, cells in letters.items():
-                    middle = -(-len(cells) // 2)
-                    letters[index] = cells[:middle] if upper else cells[middle:]
         else:
-            chosen = {"none": [], "all": indices, "odd": indices[::2], "even": indices[1::2], "first": indices[:1],
-                      "last": indices[-1:], "some": [i for i in indices if rng.random() < 0.5]}[letter_habit]
+            chosen = {"none": [], "all": indices, "first": indices[:1], "last": indices[-1:]}[letter_habit]
+        if self.num_agents > 1:  # half of each letter: one color of the checkerboard; if persistent, up or down
+            first = rng.random() < 0.5
+            for index, cells in letters.items():
+                half = -(-len(cells) // 2) if self.persistent else sum((x + y) % 2 == 0 for x, y, z in cells)
+                letters[index] = cells[:half] if first else cells[half:]
         for index in chosen:
             answer += f" {index + 1}:{item['string'][index]}\n"
             for x, y, z in letters[index]:
-                checker = palette[(x + y) % len(palette)]
+                checker = palette[(x + y) // (1 if self.persistent else self.num_agents) % len(palette)]
                 block = {"one": one, "random": rng.choice(palette), "checker": checker}[block_habit]
                 answer += f"/setblock {x} {y} {z} {block}\n"
         return answer or "nothing\n"
