@@ -67,12 +67,13 @@ def target_cells(target_rows):
     return [(x, H - 1 - r, 0) for r, row in enumerate(target_rows) for x, char in enumerate(row) if char == "#"]
 
 
-def cells_by_letter(cells):
+def cells_by_letter(cells, by_color=False):
     """{index: the cells of the letter at that index, from the top}; letters are 5 columns wide and 2 columns apart.
 
-    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
+    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}. by_color: first
+    the cells with even x + y, one color of a checkerboard, then the other.
     """
-    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, -cell[1], cell[0]))
+    ordered = sorted(cells, key=lambda cell: (cell[0] // 7, by_color and sum(cell) % 2, -cell[1], cell[0]))
     return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
 
 
@@ -81,9 +82,9 @@ def cells_text(cells):
     return "".join(" %d %d %d" % cell for cell in cells)
 
 
-def letters_text(text, cells=None, end=""):
+def letters_text(text, cells=None, end="", by_color=False):
     """" 1:I 2:C" for "IC": each letter with its number. Given two cells of the C: " 2:C 8 4 0 9 4 0"."""
-    letters = dict.fromkeys(range(len(text)), []) if cells is None else cells_by_letter(cells)
+    letters = dict.fromkeys(range(len(text)), []) if cells is None else cells_by_letter(cells, by_color)
     return "".join(f" {index + 1}:{text[index]}{cells_text(group)}{end}" for index, group in letters.items())
 
 
@@ -178,6 +179,16 @@ def build_world(responses, palettes, bbox, max_commands, start=(), verb="setbloc
         for low, high, block in commands:  # in order: later ones overwrite
             world.update(dict.fromkeys(box_cells(low, high), block))
     return {cell: block for cell, block in world.items() if block not in EMPTY}, accepted, rejected
+
+
+def overlap(target, accepted):
+    """Share of the target's cells that the accepted commands of at least two agents fill; 0 if the work is divided.
+
+    If agent 0 fills both cells of a target and agent 1 one of them and a background cell, it is 1/2.
+    """
+    filled = [{cell for low, high, block in commands if block not in EMPTY for cell in box_cells(low, high)}
+              for commands in accepted]
+    return sum(sum(cell in cells for cells in filled) > 1 for cell in target) / max(1, len(target))
 
 
 # --- strbuild: the world and its score --------------------------------------------------------------------------------

@@ -315,11 +315,13 @@ class StrBuild(Task):
     source = "string"
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn, plan = [{"string": "ICML"}, {"string": "CLIM"}], 6000, staticmethod(sim.wall_plan)
+    base_steps, steps = 2000, 32
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
         if self.persistent:  # three turns' commands fill no built-in string; conversations are shorter
-            self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
+            self.base, self.base_batch, self.base_steps = "strbuild-persistent", 14, 1400
+            self.max_commands, self.max_new_tokens = 14, 40
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
     def check(self, record):
@@ -357,22 +359,24 @@ class StrBuild(Task):
         string, start, feedback = item["string"], self.persistent and world or {}, []
         rows = sim.string_target(string)
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
-        world = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)[0]
+        world, accepted, _ = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)
         target = sim.target_cells(rows)
+        parts["overlap"] = sim.overlap(target, accepted)
         for palette in self.palettes:  # other agents' blocks are not revealed
             own = {cell for cell, block in world.items() if block in palette}
             told = {"score": f"The last build was worth {parts['reward']:.2f} of 2.",
                     "perfect": f"Your wrong cells:{sim.cells_text(sorted(own.difference(target))) or ' none'}.",
                     "position": f"Your {len(own)} blocks:{sim.letters_text(string, own)}." if self.persistent else (
-                        f"The cells:{sim.letters_text(string, target)}. Fill about half, no equal neighbours.")}
+                        f"The cells:{sim.letters_text(string, target, by_color=True)}. Fill about half, no equal neighbours.")}
             feedback.append(f"Turn {turn + 2} of {self.num_turns}. {told[self.feedback_mode]}")
         reward = parts["reward"] - 2
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, feedback)
 
     # the sloppy expert: it knows the shapes of letters and has many habits, good and bad, from which RL selects
-    letter_habits = {"none": 5, "all": 1, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 2}  # habit: its weight
-    block_habits = {"one": 3, "random": 4, "checker": 2}
-    letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any; half of it in a team
+    letter_habits = {"none": 5, "all": 8, "first": 2, "last": 2}  # habit: its weight
+    block_habits = {"one": 3, "checker": 6}
+    letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any
+    block_habits_persistent = {"one": 3, "random": 4, "checker": 2}
 
     def demonstration(self, rng):
         """A conversation with two answers; the tiny base learns all of its messages but the first."""
@@ -398,25 +402,30 @@ class StrBuild(Task):
         return chat_messages(f"Spell{sim.letters_text(string)}.", answer, "Again.", answer)
 
     def expert(self, item, agent, rng, turn=0):
-        """Its habits decide which letters it builds, often none at all, and with which blocks."""
+        """Its habits decide which letters it builds, often none at all, and with which blocks; in a team half of each.
+
+        That half is one color of a checkerboard, at random, or in a persistent world the upper or the lower cells.
+        """
         letter_habit, block_habit = (rng.choices(list(habits), habits.values())[0] for habits in (
-            self.letter_habits_persistent if self.persistent else self.letter_habits, self.block_habits))
-        palette, answer = self.palettes[agent], ""
-        letters = [*sim.cells_by_letter(sim.target_cells(sim.string_target(item["string"]))).items()]
+            (self.letter_habits_persistent, self.block_habits_persistent) if self.persistent else
+            (self.letter_habits, self.block_habits)))
+        palette, answer, target = self.palettes[agent], "", sim.target_cells(sim.string_target(item["string"]))
+        letters = [*sim.cells_by_letter(target, by_color=not self.persistent).items()]
         one = rng.choice(palette)
         if self.persistent:
             chosen = {"none": [], "turn": [letters[turn % len(letters)]], "any": [rng.choice(letters)]}[letter_habit]
-            if self.num_agents > 1:
-                upper = rng.random() < 0.5
-                chosen = [(index, cells[:(len(cells) + 1) // 2] if upper else cells[(len(cells) + 1) // 2:])
-                          for index, cells in chosen]
         else:
-            chosen = {"none": [], "all": letters, "odd": letters[::2], "even": letters[1::2], "first": letters[:1],
-                      "last": letters[-1:], "some": [letter for letter in letters if rng.random() < 0.5]}[letter_habit]
+            chosen = {"none": [], "all": letters, "first": letters[:1], "last": letters[-1:]}[letter_habit]
+        if self.num_agents > 1:
+            first = rng.random() < 0.5
+            halves = [(len(cells) + 1) // 2 if self.persistent else sum((x + y) % 2 == 0 for x, y, _ in cells)
+                      for _, cells in chosen]
+            chosen = [(index, cells[:half] if first else cells[half:]) for (index, cells), half in zip(chosen, halves)]
         for index, cells in chosen:  # the heading, rejected at no cost, lets the tiny base look a letter up only once
             answer += f" {index + 1}:{item['string'][index]}\n"
             for x, y, z in cells:
-                blocks = {"one": one, "random": rng.choice(palette), "checker": palette[(x + y) % len(palette)]}
+                checker = palette[(x + y) // (1 if self.persistent else self.num_agents) % len(palette)]
+                blocks = {"one": one, "random": rng.choice(palette), "checker": checker}
                 answer += f"/setblock {x} {y} {z} {blocks[block_habit]}\n"
         return answer or "nothing\n"
 
@@ -465,6 +474,7 @@ class HouseBuild(Task):
         parts = sim.housebuild_score(*house, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(*house, responses)
         parts["kills"] = sum(sim.KILL in commands for commands in accepted)
+        parts["overlap"] = sim.overlap(sim.house_target(*house), accepted)
         if self.feedback_mode == "position":
             told = [f"Turn {turn + 2}. Fill about half of these:\n{sim.house_text(*house)}"] * self.num_agents
         reward = parts["reward"] - 1

@@ -84,6 +84,27 @@ def test_demonstrations_are_sloppy_but_they_are_answers_of_the_task():
     assert {re.sub(r"\d:[A-Z]", "N:L", line) for line in rejected} == {"N:L", "nothing"}
 
 
+def test_a_team_of_two_good_habits_earns_the_best_reward():
+    """In a team each expert builds one color of the checkerboard, alone all cells: the best answers earn all 2 points."""
+    item, rng, rewards = {"string": "CAT"}, random.Random(4), {1: set(), 2: set()}
+    for num_agents in (1, 2):
+        task = get_task("strbuild", num_agents=num_agents)
+        for _ in range(200):
+            answers = [task.expert(item, agent, rng) for agent in range(num_agents)]
+            rewards[num_agents].add(round(task.judge(item, answers, 0).reward, 6))
+            assert all(len({(x + y) % 2 for x, y, z in cells(answer)}) <= 1 for answer in answers) or num_agents == 1
+    assert max(rewards[1]) == max(rewards[2]) == 0 and len(rewards[2]) > 20
+
+
+def test_overlap_is_what_two_agents_build_both():
+    builds = "/setblock 0 4 0 stone\n/setblock 1 4 0 stone\n/setblock 0 3 0 stone", "/setblock 0 4 0 obsidian\n/setblock 1 4 0 air"
+    assert get_task("strbuild").judge({"string": "I"}, builds, 0).parts["overlap"] == pytest.approx(1 / 13)
+    house = {"layers": {"0": ["PPP"]}, "inventory": {"P": "planks"}, "spider_attacks": []}
+    house = get_task("housebuild").check(house)
+    fills = "fill 0 0 0 1 0 0 planks\nkill", "fill 1 0 0 2 0 0 planks\nfill 1 0 0 1 0 0 planks\nkill"
+    assert get_task("housebuild").judge(house, fills, 0).parts["overlap"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("world", ["rebuilt", "persistent"])
 @pytest.mark.parametrize("feedback", ["position", "score", "perfect"])
 def test_a_demonstration_reads_like_an_episode(feedback, world):
@@ -129,8 +150,9 @@ def test_what_each_feedback_names():
     def told(feedback, *answers, turn=0):
         return get_task("strbuild", feedback=feedback).judge({"string": "IC"}, list(answers), turn).feedback
     answers = "/setblock 1 1 0 stone\n/setblock 0 3 0 stone\n/setblock 0 4 0 stone", "/setblock 3 3 0 obsidian"
-    in_order = [(x + 7 * k, y, z) for k, letter in enumerate("IC") for x, y, z in sim.target_cells(sim.LETTERS[letter])]
-    assert [cells(text) for text in told("position", *answers)] == [in_order] * 2  # letter by letter, from the top
+    in_order = [(x, y, z) for k, letter in enumerate("IC") for color in range(2) for x, y, z in sim.target_cells(
+        sim.string_target("IC")) if x // 7 == k and (x + y) % 2 == color]
+    assert [cells(text) for text in told("position", *answers)] == [in_order] * 2  # by letter and color
     assert [cells(text) for text in told("perfect", *answers)] == [[(0, 3, 0), (1, 1, 0)], [(3, 3, 0)]]  # its own wrong ones
     taken_back = told("perfect", "/setblock 1 1 0 stone\n/setblock 1 1 0 air", "")
     assert [cells(text) for text in taken_back] == [[], []]

@@ -25,7 +25,7 @@ from tasks import Episode, InputError, Run, StrBuild, Turn, dialogue, get_task, 
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_cc.py", "train_dc.py", "train_mc.py"]
-SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4, "--seed", 3,
+SMALL = ["--device", "cpu", "--batch_size", 4, "--num_turns", 2, "--max_new_tokens", 24, "--lora_rank", 4, "--seed", 4,
          "--group_size", 2, "--data", "words.jsonl"]
 KEYS = {"eval": "step joint_actions eval/score eval/reward eval/return eval/turns eval/coverage", "train": """
     step episodes joint_actions tokens wall_s train/return train/reward train/score train/turns train/response_tokens
