@@ -74,21 +74,20 @@ def summary(episodes, prefix, gamma, ends):
 def critic_messages(histories):
     r"""The chat that a critic reads: the histories of the agents it serves, joined message by message.
 
-    Text that is the same for every agent appears once, other texts one after another; a single history stays as it is.
-    [[user "Build I with A.", ...], [user "Build I with B.", ...]] begins with the single user message
-    "Build I with A.\nBuild I with B.". The rules (system messages) are omitted: an agent's rules never change.
+    The first lines that all agents are told appear once, other lines one agent after another; answers are all there.
+    [[user "A post.\nWrite a title."], [user "A post.\nWrite an end."]] gives the user message
+    "A post.\nWrite a title.\nWrite an end.". The rules (system messages) are omitted: an agent's rules never change.
     """
     messages = []
-    for parallel in zip(*histories):  # one message of each agent
-        texts = [message["content"].strip() for message in parallel]
-        texts = texts[:1] if len(set(texts)) == 1 else texts
-        if parallel[0]["role"] != "system":
-            messages.append({"role": parallel[0]["role"], "content": "\n".join(texts)})
+    for parallel in zip(*(own[own[0]["role"] == "system":] for own in histories)):  # one message of each agent
+        lines, role = [message["content"].strip().split("\n") for message in parallel], parallel[0]["role"]
+        shared = os.path.commonprefix(lines) if role == "user" else []
+        messages.append({"role": role, "content": "\n".join(sum((own[len(shared):] for own in lines), shared))})
     return messages
 
 
 class Critic(nn.Module):
-    """V(h_t) = mean_t + std_t x head_t(last token's hidden state); mean_t and std_t are of the first step's returns.
+    """V(h_t) = mean_t + std_t x head_t(last token's hidden state); mean_t and std_t are the returns' so far.
 
     The head has one output per turn, because the number of turns left determines most of the return. It is scaled: a
     critic that starts at 0 when returns are near -7 would bootstrap nonsense for the actors until it has caught up.
@@ -103,25 +102,34 @@ class Critic(nn.Module):
         self.weights = [*lm.add_adapter(name), *self.head.parameters()]
         nn.init.zeros_(self.head.weight)  # V starts at the mean return
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("mean", torch.zeros(num_turns, device=lm.device))
-        self.register_buffer("std", torch.ones(num_turns, device=lm.device))
+        for name, start in ("mean", 0.0), ("std", 1.0), ("steps", 0.0):  # steps: how many mean_t and std_t have seen
+            self.register_buffer(name, torch.full((num_turns,), start, device=lm.device))
 
     def input_ids(self, histories):
         """Token ids of the critic's input, truncated on the left to max_tokens."""
         return self.lm[0].render(critic_messages(histories), self.max_tokens)
 
+    @torch.no_grad()
     def set_scale(self, returns):
-        """Set mean_t and std_t from returns [episode][turn]: head_t = 0 is then the mean return at turn t."""
-        for t in range(len(self.mean)):
-            at_t = torch.tensor([ret[t] for ret in returns if len(ret) > t])
-            if len(at_t):
-                self.mean[t], self.std[t] = at_t.mean(), at_t.std(correction=0).clamp(min=0.1)
+        """Update mean_t and std_t with a step's returns [episode][turn]; after the first step, no V changes by that.
+
+        A raw LLM's returns are nearly equal, later ones are not: the scale follows, as in PopArt (arXiv 1602.07714).
+        """
+        for t in range(max(map(len, returns))):
+            at_t, old_mean, old_std = [r[t] for r in returns if len(r) > t], self.mean[t].item(), self.std[t].item()
+            self.steps[t] += 1
+            weight = max(0.1, 1 / self.steps[t].item())  # of this step: the last ten count most
+            square = (1 - weight) * (old_std ** 2 + old_mean ** 2) + weight * mean(x * x for x in at_t)
+            self.mean[t] += weight * (mean(at_t) - old_mean)
+            self.std[t] = max(0.01, square - self.mean[t].item() ** 2) ** 0.5
+            if weight < 1:
+                self.head.weight[t] *= old_std / self.std[t]
+                self.head.bias[t] = (self.head.bias[t] * old_std + old_mean - self.mean[t]) / self.std[t]
 
     def save(self, out_dir):
-        """Save out_dir/NAME/: the adapter in PEFT's format, and value_head.pt with head, mean and std."""
+        """Save out_dir/NAME/: the adapter in PEFT's format, and value_head.pt with head and scale."""
         self.lm[0].save_adapter(self.name, out_dir)
-        path = os.path.join(out_dir, self.name, "value_head.pt")
-        write_atomic(path, lambda part: torch.save(self.state_dict(), part))
+        write_atomic(os.path.join(out_dir, self.name, "value_head.pt"), lambda to: torch.save(self.state_dict(), to))
 
     def forward(self, inputs, turns):
         """V(h_t), on the scale of returns, shape (B,), for B token-id lists and their turn numbers t."""

@@ -185,7 +185,8 @@ class Task:
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
     max_new_tokens, steps, batch_size, lr = 128, 20, 16, 1e-3  # the train scripts' defaults for the tiny base, and
     real = {"max_new_tokens": 256, "steps": 25, "batch_size": 16, "lr": 5e-4, "critic_lr": 2e-4, "temperature": 0.7,
-            "eval_items": 24}                         # those that differ for any other model
+            "eval_items": 24}                         # those that differ for any other model; tried: 135M, tldr
+    one_writes_both = False                           # whether a tiny agent alone needs two agents' tokens
     base_batch, base_steps = 6, 1400                  # the tiny base: conversations per training step, steps
     pattern = r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"      # splits text into words for the tiny base's tokenizer
     fixed_items, drawn = [], 2000                     # built-in items: these, and so many random ones
@@ -221,7 +222,9 @@ class Task:
         """The train scripts' defaults that depend on the task and its model."""
         tiny = {name: getattr(self, name) for name in ("num_turns", "max_new_tokens", "steps", "batch_size", "lr")}
         tiny |= {"critic_lr": 2e-3, "temperature": 1.0, "eval_items": 128, "feedback": self.feedback_mode}
-        return tiny | self.real if self.is_real else tiny
+        own = tiny | self.real if self.is_real else tiny
+        twice = self.num_agents == 1 and (self.is_real or self.one_writes_both)  # alone, it writes both answers
+        return own | {"max_new_tokens": own["max_new_tokens"] * (1 + twice)}
 
     def checksum(self):
         """A checksum of the items, for --resume."""
@@ -268,6 +271,7 @@ class Task:
         if set(numbers) != set(known):
             raise InputError(f"task {self.name}: parts are {list(numbers)} at turn {turn} and were {known} before.")
         feedback = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
+        feedback = [told + "\nWrite a whole new answer, a better one." * self.is_real for told in feedback]
         reward = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
         return Outcome(reward, score, parts, done, feedback, world)
 
@@ -316,6 +320,7 @@ class StrBuild(Task):
     turns, feedback_modes, worlds = 4, ["position", "score", "perfect"], ["rebuilt", "persistent"]
     fixed_items, drawn, plan = [{"string": "ICML"}, {"string": "CLIM"}], 6000, staticmethod(sim.wall_plan)
     base_steps, steps = 2000, 32
+    real = Task.real | {"max_new_tokens": 512, "batch_size": 8, "lr": 1e-4, "eval_items": 16}
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
@@ -353,7 +358,8 @@ class StrBuild(Task):
                 f"your blocks: {' or '.join(self.palettes[agent])}.")
 
     def observation(self, item, agent):
-        return f"Build{sim.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
+        wall = "\n".join(["The wall, # to be filled, from y 4 down to 0:", *sim.string_target(item["string"]), ""])
+        return f"{wall * self.is_real}Build{sim.letters_text(item['string'])} with {' '.join(self.palettes[agent])}."
 
     def judge(self, item, responses, turn, world=None):
         string, start, feedback = item["string"], self.persistent and world or {}, []
@@ -441,7 +447,7 @@ class HouseBuild(Task):
     # a number, the line break and the command are one token, each corner is one, the block is one: 4 tokens per box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
     turns, feedback_modes = 4, ["score", "position"]
-    max_new_tokens, steps, lr, plan = 130, 28, 2e-3, staticmethod(sim.house_plan)
+    max_new_tokens, steps, lr, plan, real = 130, 28, 2e-3, staticmethod(sim.house_plan), StrBuild.real
 
     def random_item(self, rng):
         layers, inventory = sim.random_house(rng)
@@ -572,14 +578,11 @@ class Writing(Task):
     """Two texts about a source text, which must fit each other; a single agent writes both, a line ===== in between.
 
     The training reward is that of writing_levels, 0..3; above 2.9 the episode ends. tldr and arxiv set source, its key
-    in an item; roles, who writes what; levels, the bounds of the reward; facts, template and sentences, of which items
-    and demonstrations are made; and an expert's habits, of which each text draws one: keep, how likely a sentence is
-    kept; max_sentences, by role; opened, the share of sentences with a transition.
+    in an item; roles, who writes what, and what real models are told besides; levels, the bounds of the reward; facts,
+    template and sentences, of which items and demonstrations are made; and an expert's habits, of which each text draws
+    one: keep, how likely a sentence is kept; max_sentences, by role; opened, the share of sentences with a transition.
     """
-    short_start, opened = "", [0, 0.3, 1]  # short_start: the beginning of a text that will be too short
-
-    def setup(self):
-        self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
+    short_start, opened, one_writes_both = "", [0, 0.3, 1], True  # short_start: how a text that is too short begins
 
     def random_item(self, rng):
         facts = {name: rng.choice(values.split("|")) for name, values in self.facts.items()}
@@ -596,11 +599,17 @@ class Writing(Task):
         return {self.source: text}
 
     def instructions(self, agent):
-        team = "" if self.num_agents == 1 else "You share a task with another writer and cannot talk to each other. "
-        return f"{team}The two texts must fit each other in length and words. Answer with the text and nothing else."
+        team, own = ("", "both texts") if self.num_agents == 1 else (
+            "You share a task with another writer and cannot talk to each other. ", "your text")
+        (fewest, most), (_, low, high, _) = self.levels["num_words"], self.levels["length_ratio"]
+        return (f"{team}Two texts belong together: {', then '.join(self.roles)}. The second is {low} to {high} times "
+                f"as long as the first and has {self.distinct} different words. Each has {fewest} to {most} words. "
+                "Both use the key words of the source; words such as however, therefore, for example and in addition "
+                f"link sentences, above all in the second. Answer with {own} and nothing else: no title or remark.")
 
     def observation(self, item, agent):
-        roles = self.roles if self.num_agents == 1 else [self.roles[agent]]
+        roles = [role + more * self.is_real for role, more in zip(self.roles, self.more)]
+        roles = roles if self.num_agents == 1 else roles[agent:agent + 1]
         return f"{item[self.source]}\nWrite {', then a line =====, then '.join(roles)}."
 
     def judge(self, item, responses, turn, world=None):
@@ -629,6 +638,8 @@ class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
     roles = "a concise summary", "a detailed summary"
+    more, distinct = (" of the post in two sentences, about 30 words", " of the post in five sentences, about 75 "
+                      "words, that begin with However, Therefore, For example, In addition"), "at least twice as many"
     levels = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
               "vocabulary_ratio": (1.3, 2.0, 1e8, 1e9), "transitions_in_both": False}  # many more words do not hurt
     steps, batch_size, lr = 32, 64, 1.5e-3
@@ -659,7 +670,9 @@ class TLDR(Writing):
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles = "background and motivation", "methodology and implications"
+    roles, real = ("background and motivation", "methodology and implications"), Task.real | {"max_new_tokens": 384}
+    more, distinct = (" of this paper in six long sentences, about 140 words", " of this paper in eight long "
+                      "sentences, about 200 words"), "about as many"
     levels = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
               "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
     steps, batch_size, lr = 32, 64, 5e-4
@@ -963,7 +976,7 @@ class CoopHE(Task):
     """
     pattern = r" ?[\p{L}_']+\(?|\d|\n *|[^\s\p{L}\d]+|\s"
     turns, feedback_modes, max_new_tokens, base_batch, base_steps = 2, ["level", "score"], 80, 8, 1300
-    steps, batch_size, lr = 14, 32, 2e-3
+    steps, batch_size, lr, one_writes_both, real = 14, 32, 2e-3, True, Task.real | {"lr": 1e-4}
     hub_sources = [("OpenMLRL/CoopHumanEval", "test[16:]", "test[:16]"),
                    ("openai/openai_humaneval", "test[32:]", "test[:32]")]
 
@@ -998,17 +1011,19 @@ class CoopHE(Task):
         coophe_tests(item["test"])
         return item
 
-    def setup(self):
-        self.max_new_tokens *= 2 // self.num_agents  # one agent alone writes both answers
-
     def instructions(self, agent):
         return ("Two programmers who cannot talk to each other solve a Python problem. One writes a helper function "
                 "named aux, the other the function itself, which should call aux and do more than pass its result on. "
-                "Answer with your function and nothing else.")
+                "Answer with the Python code of your function, which returns its result, and nothing else: no example, "
+                "no test, no remark.")
 
     def observation(self, item, agent):
-        role = 2 if self.num_agents == 1 else agent
-        return item["prompt"] + ["Write aux.", "Write the function; aux is there.", "Write aux and the function."][role]
+        f, role = item["entry_point"], 2 if self.num_agents == 1 else agent
+        tiny = ["Write aux.", "Write the function; aux is there.", "Write aux and the function."]
+        real = [f"Write only def aux(...): a helper that does a part of the work of {f}, which somebody else writes.",
+                f"Write only def {f}(...) as described above, which calls aux(...): this helper exists already.",
+                f"Write def aux(...), a helper, and def {f}(...), which calls it."]
+        return f"{item['prompt']}{real[role] if self.is_real else tiny[role]}"
 
     def judge(self, item, responses, turn, world=None):
         return self.judge_all([item], [responses], turn, [world])[0]

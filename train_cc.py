@@ -13,7 +13,7 @@ Execution is decentralized: each agent acts with its own adapter on its own hist
 What differs from the paper and its official code: LoRA adapters on one frozen base instead of full models; several
 clipped updates per batch instead of one; linear decay of the actors' learning rate to 0; gradient-norm clipping at 1;
 advantages normalised over the whole step; temperature 1; a step whose returns are all equal leaves the actors alone;
-one output of V per turn t, in units of std_t, the standard deviation of the first step's returns.
+one output of V per turn t, in units of std_t, the running standard deviation of returns (PopArt).
 
     python train_cc.py --task strbuild       # 4 to 7 minutes on 2 CPU cores, score 36 -> 93; no download
     ... --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...          # the same on one GPU: see README
@@ -202,8 +202,7 @@ def td_targets(rewards, values):
 def set_targets(episodes, returns):
     """Steps 2 to 4 of the header: V of every history, once, its target and its advantage, constants from here on."""
     for c, critic in enumerate(critics):
-        if progress["step"] == 0:
-            critic.set_scale(returns)
+        critic.set_scale(returns)
         critic.set_values(episodes, c, args.micro_batch)
         for e in episodes:
             targets, advantages = td_targets(e.rewards, [turn.values[c] for turn in e.turns])

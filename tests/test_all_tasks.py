@@ -166,7 +166,18 @@ def test_one_agent_writes_both_texts(name):
     alone, team, texts = get_task(name, num_agents=1), get_task(name), ["word " * 150, "other " * 160]
     one = alone.judge({}, [f"{texts[0]}\n=====\n{texts[1]}"], 0)
     assert one.parts == team.judge({}, [text.strip() for text in texts], 0).parts and one.reward > 0.5
-    assert alone.judge({}, ["no line between them"], 0).reward == 0 and alone.max_new_tokens == 2 * team.max_new_tokens
+    assert alone.judge({}, ["no line between them"], 0).reward == 0 and alone.settings()["max_new_tokens"] == 2 * team.max_new_tokens
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_a_real_model_is_told_all_and_an_agent_alone_gets_twice_the_tokens(name):
+    tiny, real, alone = get_task(name), get_task(name, real=True), get_task(name, num_agents=1, real=True)
+    assert alone.settings()["max_new_tokens"] == 2 * real.settings()["max_new_tokens"] >= 512
+    item, rng = real.train_items[0], random.Random(0)
+    told = [task.judge(item, [task.expert(item, i, rng) for i in range(2)], 0).feedback[1] for task in (real, tiny)]
+    assert ["a better one" in text for text in told] == [True, False]
+    if name != "housebuild":  # which is shown box by box
+        assert len(real.observation(item, 1)) > len(tiny.observation(item, 1)) + 20
 
 
 @pytest.mark.parametrize("name, size, done", [  # where strbuild's episodes end stands in a test of the sparse reward

@@ -522,6 +522,9 @@ def test_a_joint_history_holds_everything_once():
         "role": "assistant", "content": "answer A\nanswer B"}, user("same for both")]
     assert critic_messages(histories[1:])[1] == {"role": "assistant", "content": "answer B"}
     assert critic_messages([[user(text)] for text in "353"]) == [user("3\n5\n3")]
+    talks = [[user(f"A post.\nIt ends.\nWrite {x}."), {"role": "assistant", "content": "kill"}] for x in "AB"]
+    assert critic_messages(talks) == [user("A post.\nIt ends.\nWrite A.\nWrite B."), {
+        "role": "assistant", "content": "kill\nkill"}]
 
 
 def test_values_start_at_the_mean_return_of_the_turn_and_do_not_depend_on_other_rows(family, tmp_path):
@@ -547,6 +550,9 @@ def test_values_start_at_the_mean_return_of_the_turn_and_do_not_depend_on_other_
     fresh.load_state_dict(torch.load(tmp_path / "critic" / "value_head.pt", weights_only=True))
     fresh.lm[0].load_adapter_state(lm.adapter_state())
     assert torch.equal(fresh(inputs, turns), together)
+    fresh.set_scale([[0.0, -4.0, 5.0], [8.0]])  # mean 3 and 4: together (2 + 4) / 2; (1 + 4) / 2 + (0 + 64) / 4 - 9 = 9.5
+    assert fresh.mean.tolist() == [3, -4, 5] and fresh.std.tolist() == pytest.approx([9.5 ** 0.5, 0.1, 0.1])
+    assert torch.allclose(fresh(inputs, turns)[:4], together[:4], atol=1e-4)  # turn 2 had no scale before
 
 
 def test_an_optimizer_step_clips_and_a_gradient_of_zero_changes_nothing():

@@ -138,6 +138,15 @@ def test_a_run_writes_what_it_promises(script, critics, whole):
     assert not any(torch.equal(x, moved[1][key]) for key, x in moved[0].items())
 
 
+@pytest.mark.skipif("NANOCOLLM_MODEL" not in os.environ, reason="NANOCOLLM_MODEL names no folder of a pretrained model")
+def test_two_steps_of_a_pretrained_model(workplace):
+    small = "--task tldr --steps 2 --batch_size 4 --group_size 2 --eval_items 2 --max_new_tokens 48 --out_dir pretrained"
+    run = workplace.run("train_cc.py", "--model", Path(os.environ["NANOCOLLM_MODEL"]).resolve(), *small.split(), timeout=3600)
+    assert run.code == 0, run.err[-2000:]
+    lines = train_lines(workplace.folder / "pretrained")
+    assert [line["step"] for line in lines] == [1, 2] and all(0 < line["policy/entropy"] < 6 for line in lines)
+
+
 # --- one step by hand -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])
