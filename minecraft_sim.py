@@ -182,12 +182,9 @@ def build_world(responses, palettes, bbox, max_commands, start=(), verb="setbloc
 
 
 def overlap(target, accepted):
-    """Share of the target's cells that the accepted commands of at least two agents fill; 0 if the work is divided.
-
-    If agent 0 fills both cells of a target and agent 1 one of them and a background cell, it is 1/2.
-    """
-    filled = [{cell for low, high, block in commands if block not in EMPTY for cell in box_cells(low, high)}
-              for commands in accepted]
+    """Share of the target's cells that two agents' accepted commands fill: 1/2 if one of two cells is filled twice."""
+    filled = [{cell for low, high, block in own if block not in EMPTY for cell in box_cells(low, high)}
+              for own in accepted]
     return sum(sum(cell in cells for cells in filled) > 1 for cell in target) / max(1, len(target))
 
 
@@ -195,7 +192,6 @@ def overlap(target, accepted):
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
     """build_world of a string; start is empty by the official rules, the last turn's world in a persistent one."""
-    assert 1 <= len(responses) <= len(palettes), f"{len(responses)} agents but {len(palettes)} palettes."
     bbox = (0, 0, 0), (len(target_rows[0]) - 1, len(target_rows) - 1, 0)
     return build_world(responses, palettes, bbox, max_commands, start)
 
@@ -375,8 +371,7 @@ def house_plan(item):
 
 
 def draw(plan, world, color=False):
-    """The plan's rows, then a legend: a capital letter per block, in lower case if it is stray, "." if one is missing;
-    in colour two terminal columns per cell, with a red xx if it is stray, a dim [] if one is missing."""
+    """The plan's rows and a legend: a letter per block, small if it is stray, and "." (in colour xx, []) if missing."""
     target, grid, _ = plan
     color = color and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     correct = {cell: cell in target and target[cell] in (None, block) for cell, block in world.items()}

@@ -367,13 +367,13 @@ class StrBuild(Task):
         parts = sim.strbuild_score(rows, responses, self.palettes, self.max_commands, start)
         world, accepted, _ = sim.strbuild_world(rows, responses, self.palettes, self.max_commands, start)
         target = sim.target_cells(rows)
-        parts["overlap"] = sim.overlap(target, accepted)
+        cells, parts["overlap"] = sim.letters_text(string, target, by_color=True), sim.overlap(target, accepted)
         for palette in self.palettes:  # other agents' blocks are not revealed
             own = {cell for cell, block in world.items() if block in palette}
             told = {"score": f"The last build was worth {parts['reward']:.2f} of 2.",
                     "perfect": f"Your wrong cells:{sim.cells_text(sorted(own.difference(target))) or ' none'}.",
                     "position": f"Your {len(own)} blocks:{sim.letters_text(string, own)}." if self.persistent else (
-                        f"The cells:{sim.letters_text(string, target, by_color=True)}. Fill about half, no equal neighbours.")}
+                        f"The cells:{cells}. Fill about half, no equal neighbours.")}
             feedback.append(f"Turn {turn + 2} of {self.num_turns}. {told[self.feedback_mode]}")
         reward = parts["reward"] - 2
         return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.1, world, feedback)
