@@ -82,7 +82,7 @@ def chart(logs):
     def place(actions, score):  # in pixels
         return f"{50 + 915 * actions / right:.1f}", f"{10 + 345 * (high - score) / (high - low):.1f}"
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="980" height="400" viewBox="0 0 980 400" font-size="13" '
-           'text-anchor="middle"><path d="M50 10V355H965" stroke="#444" fill="none"/>'
+           'font-family="sans-serif" text-anchor="middle"><rect width="980" height="400" fill="#fff"/><path d="M50 10V355H965" stroke="#444" fill="none"/>'
            '<text x="507" y="394">joint actions</text><text transform="translate(12 182) rotate(-90)">score</text>']
     for tick in ticks(low, high):
         x, y = place(0, tick)
