@@ -1261,7 +1261,7 @@ class Run:
                       for _, key, width, digits in self.columns)
         heads = "".join(f"{head:>{width}}" for head, _, width, _ in self.columns) + "      left\n"
         tqdm.write(heads * (self.rows % 20 == 0) + row + (
-            "  held-out" if left is None else f"{left // 60:7.0f}:{left % 60:02.0f}"))
+            "  held-out" if left is None else f"{left // 60:7.0f}:{int(left % 60):02}"))
         self.rows += 1
         for holds, warning in [(line["/truncated"] > 0.5, "most answers are cut at max_new_tokens"),
                                (line.get("policy/grad_norm") == 0, "equal returns in a step: nothing to learn")]:

@@ -79,7 +79,7 @@ group.add_argument("--seed", type=number(int, 0), default=0, help="two runs with
 group = parser.add_argument_group("logging")
 group.add_argument("--out_dir", default=None, help=f"default out/{ALGORITHM}-TASK")
 group.add_argument("--eval_every", type=number(int, 0), default=0, help="steps between evaluations (0: first and last)")
-group.add_argument("--eval_items", type=natural, default=None, help="held-out items to evaluate on (default: all)")
+group.add_argument("--eval_items", type=natural, default=None, help="held-out items to evaluate on (the task's)")
 group.add_argument("--save_every", type=natural, default=5, help="steps between saves (default 5)")
 group = group.add_mutually_exclusive_group()
 group.add_argument("--resume", action="store_true", help="continue the run in out_dir from its last save")

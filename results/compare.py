@@ -1,5 +1,5 @@
 """
-The table and the curves of the README's comparison, from the log.jsonl files of the runs that results/compare.sh makes.
+The tables and the curves of COMPARISON.md, from the log.jsonl files of the runs that results/compare.sh makes.
 
     python results/compare.py                          # reads results/comparison, prints the table
     python results/compare.py --svg results/comparison.svg     # and draws the curves (needs matplotlib)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of the README's comparison: three settings, six methods, five seeds; up to 64 joint actions a step.
+# The runs of COMPARISON.md: three settings, six methods, five seeds; up to 64 joint actions a step.
 # Two runs at a time on one thread each, well over an hour on 2 cores. Then: python results/compare.py
 # Learning rates are those of the best return of four (persistent) or two (official) trial runs per method (NOTES.md).
 set -euo pipefail

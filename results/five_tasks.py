@@ -1,5 +1,5 @@
 """
-The README's first two tables and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
+The README's scores and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
 
     python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints both
     python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training

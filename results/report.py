@@ -4,6 +4,9 @@ A run as one page, report.html: the learning curve, a held-out item before and a
     python results/report.py out/cc-strbuild                    # writes out/cc-strbuild/report.html, as training does
     python results/report.py out/cc-strbuild out/mc-strbuild    # writes ./report.html: both curves in one plot, the
                                                                 # settings side by side, the first run's held-out item
+    python results/report.py out/cc-strbuild --svg results      # instead, writes results/curve.svg, the plot, and
+                                                                # results/before.svg and after.svg, the pictures
+    python results/report.py results/tasks/*.jsonl --svg .      # only the plot, because these are mere logs
 
 The page is HTML, CSS and SVG in one file; it runs no script and loads nothing. Pictures are drawn anew from the answers
 in samples.jsonl, which the task judges again, turn by turn.
@@ -17,7 +20,7 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import TASK_OPTIONS, InputError, exit_on_error, get_task, printable, read_config, write_atomic
+from tasks import TASK_OPTIONS, InputError, Task, exit_on_error, get_task, printable, read_config, write_atomic
 
 COLORS = ["#c8102e", "#1f77b4", "#2ca02c", "#9467bd", "#e07b00", "#17a2b8", "#8c564b", "#6c757d"]
 HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -79,7 +82,7 @@ def chart(logs):
     def place(actions, score):  # in pixels
         return f"{50 + 915 * actions / right:.1f}", f"{10 + 345 * (high - score) / (high - low):.1f}"
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="980" height="400" viewBox="0 0 980 400" font-size="13" '
-           'text-anchor="middle"><path d="M50 10V355H965" stroke="#444" fill="none"/>'
+           'font-family="sans-serif" text-anchor="middle"><rect width="980" height="400" fill="#fff"/><path d="M50 10V355H965" stroke="#444" fill="none"/>'
            '<text x="507" y="394">joint actions</text><text transform="translate(12 182) rotate(-90)">score</text>']
     for tick in ticks(low, high):
         x, y = place(0, tick)
@@ -101,8 +104,8 @@ def chart(logs):
 def episode(task, record):
     """(The last picture, all turns: picture and reward, then each agent's prompt and whole answer), both as HTML."""
     picture, html, world, item = "", "", None, record["item"]
-    has_picture = bool(task.plan)
-    if has_picture:
+    has_picture = task.plan is not None
+    if has_picture and type(task).check is not Task.check:
         item = task.check(item)  # JSON made texts of the heights of a house
     for t, turn in enumerate(record["turns"]):
         if has_picture:
@@ -118,16 +121,38 @@ def episode(task, record):
     return picture, html
 
 
-def before_and_after(config, records):
-    """The first held-out item at the first evaluation and, if there is another, at the last one."""
+def first_item(config, records):
+    """[(title, picture, turns)] of the first held-out item at the first and, if there is another, the last evaluation."""
     options = {name: config[name] for name in TASK_OPTIONS if name in config} | {"data": "builtin"}  # no file is needed
     task, first = get_task(config["task"], **options), records[0]
     later = [record for record in records if record["item"] == first["item"] and record["step"] > first["step"]]
-    shown = [(f"step {text(record['step'])}: score {text(record['score'])}", *episode(task, record))
-             for record in [first, *later[-1:]]]
+    return [(f"step {text(record['step'])}: score {text(record['score'])}", *episode(task, record))
+            for record in [first, *later[-1:]]]
+
+
+def before_and_after(config, records):
+    """The first held-out item before and after training: pictures side by side, then everything turn by turn."""
+    first, shown = records[0], first_item(config, records)
     pictures = "".join(f"<div><h3>{title}</h3>{picture}</div>" for title, picture, _ in shown if picture)
     return (f'<pre>{text(json.dumps(first["item"], ensure_ascii=False))}</pre><div class="row">{pictures}</div>'
             + "".join(f"<h3>{title}, turn by turn</h3>\n{turns}" for title, _, turns in shown))
+
+
+def save(path, content):
+    """Write a text file as a whole, and say so."""
+    write_atomic(path, lambda part: Path(part).write_text(content, encoding="utf-8"))
+    print(f"wrote {path}")
+
+
+def pictures(runs, folder):
+    """Write the plot of these runs (folders, or logs alone) and, of the first folder, the first item before and after."""
+    logs = [run if run.endswith(".jsonl") else os.path.join(run, "log.jsonl") for run in runs]
+    save(os.path.join(folder, "curve.svg"), chart([read_lines(log, "step", "joint_actions") for log in logs]))
+    if not runs[0].endswith(".jsonl"):
+        records = read_lines(os.path.join(runs[0], "samples.jsonl"), "step", "item", "score", "turns")
+        for name, (_, picture, _) in zip(("before", "after"), first_item(read_config(runs[0]), records)):
+            if picture:
+                save(os.path.join(folder, f"{name}.svg"), picture)
 
 
 def page(runs):
@@ -160,9 +185,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html; report.html here for several runs")
+    parser.add_argument("--svg", metavar="FOLDER", help="instead, write curve.svg, before.svg and after.svg there")
     args = parser.parse_args()
     with exit_on_error():
-        out = args.out or os.path.join(args.runs[0] if len(args.runs) == 1 else "", "report.html")
-        html = page(args.runs)
-        write_atomic(out, lambda part: Path(part).write_text(html, encoding="utf-8"))
-    print(f"wrote {out}")
+        if args.svg:
+            pictures(args.runs, args.svg)
+        else:
+            out = args.out or os.path.join(args.runs[0] if len(args.runs) == 1 else "", "report.html")
+            save(out, page(args.runs))

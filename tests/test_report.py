@@ -51,6 +51,10 @@ def test_reports_of_good_and_bad_runs(tmp_path):
     text, tags, _ = report(tmp_path, "two", "one")  # both curves, and texts instead of pictures
     assert [tag for tag, name, _ in tags].count("polyline") == 2 * 4 and AFTER[0] in text and "cube" not in str(tags)
     assert ("tr", "class", "differs") in tags and ("g", "class", "cube") in report(tmp_path, "three")[1]
+    command = [sys.executable, SCRIPT, "one", "two/log.jsonl", "--svg", "."]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).returncode == 0
+    curve, before, after = ((tmp_path / f"{name}.svg").read_text() for name in ("curve", "before", "after"))
+    assert curve.count("<polyline") == 2 and before.count("cube") == after.count("cube") == 1 and before != after
     (tmp_path / "one" / "samples.jsonl").unlink()  # made by earlier code
     assert "kept no whole episodes" in report(tmp_path, "one")[0]
     (tmp_path / "one" / "log.jsonl").unlink()
