@@ -107,7 +107,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         pad_token_id=pad, rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pool = []
-    for step in tqdm(range(steps), f"building {folder}", unit="step", dynamic_ncols=True):
+    for step in tqdm(range(steps), f"building {folder}", unit="step", dynamic_ncols=True, disable=None):
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, warm_up), cosine)
         if not pool or step == warm_up:  # batches of conversations of similar length need little padding
@@ -206,8 +206,8 @@ def load_models(names, task, max_new_tokens, *options):
     if tiny in folders and (not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
         path = Path(tiny, "trained_on.txt")
         if not path.exists() or path.read_text() != training_checksum(task):
-            if path.exists():
-                print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew")
+            print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew" if path.exists() else
+                  f"{tiny} is built first, in a minute or two")
             build_tiny(task, tiny)
     all_gather([])  # barrier: the other ranks wait for the build
     bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}
