@@ -44,7 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, StaticCache)
+                          DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, StaticCache,
+                          TopPLogitsWarper)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -150,7 +151,9 @@ def save_folder(folder, save):
     """Call save(temporary folder), then copy its files to `folder`, one by one: no reader sees an incomplete file."""
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=os.path.dirname(folder) or ".") as build:
+        for killed in Path(folder).glob(".saving-*"):
+            shutil.rmtree(killed)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as build:
             save(build)
             files = [path for path in Path(build).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
@@ -190,10 +193,10 @@ def load_tokenizer(name):
 
 def model_folders(names, num_agents, base):
     """For each agent its folder or hub id. names: one model, or A,B,... with one each; "tiny" is out/tiny-BASE."""
-    folders = [names] if os.path.isdir(names) else names.split(",")
+    folders = [os.path.join("out", f"tiny-{base}") if name == "tiny" else name
+               for name in ([names] if os.path.isdir(names) else names.split(","))]
     if len(folders) not in (1, num_agents):
         raise InputError(f"--model {names} names {len(folders)} models for {num_agents} agents.")
-    folders = [os.path.join("out", f"tiny-{base}") if name == "tiny" else name for name in folders]
     return (folders * num_agents)[:num_agents]
 
 
@@ -283,10 +286,8 @@ def sample(logits, uniforms, temperature, top_p):
     """Tokens and log-probabilities (B,) for logits (B, V) and one random number in [0, 1) for each row, (B,)."""
     logp = (logits.float() / temperature).log_softmax(-1)
     probs = logp.exp()
-    if top_p < 1:  # nucleus: the fewest most likely tokens whose probabilities exceed top_p
-        ordered, order = probs.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+    if top_p < 1:  # nucleus: the fewest most likely tokens whose probabilities reach top_p
+        probs = TopPLogitsWarper(top_p)(None, logp).exp()
     cdf = probs.cumsum(-1)  # inverse transform sampling: the first token with cdf > u x total (which top_p made < 1)
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0]

@@ -1230,9 +1230,9 @@ class Run:
             print(f"{self.folder} was saved at step {saved['progress']['step']}")
             self.texts = saved["texts"]
         if not (args.eval_only or self.rank):
-            stale = r"\.saving-.*" + (r"|critic|(critic|agent)_\d+|train_state\.pt" if args.overwrite else "")
-            for path in [path for path in self.folder.iterdir() if re.fullmatch(stale, path.name)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in [*self.folder.iterdir()] if args.overwrite else []:
+                if re.fullmatch(r"critic|(critic|agent)_\d+|train_state\.pt", path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             versions = {name: version(name) for name in ("torch", "transformers", "peft", "tiktoken", "tqdm")}
             config = json.dumps(vars(args) | {"versions": versions}, indent=2)
             for name, text in ("config.json", config), *self.texts.items():

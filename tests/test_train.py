@@ -416,9 +416,10 @@ def test_a_run_killed_in_its_first_save_resumes(inside, whole, tmp_path, monkeyp
     with open(folder / "log.jsonl", "a") as file:  # lines after the last save, the last one half written
         file.write('{"step": 3}\n{"step": 4, "train/rew')
     (folder / "train_state.pt.part").write_bytes(b"half")
-    (folder / ".saving-left").mkdir()
+    (folder / "agent_0" / ".saving-left").mkdir(parents=True)
     inside("train_cc.py", "--steps", 4, "--save_every", 2, "--out_dir", folder, "--resume")
     assert_same_run(folder, whole("train_cc.py"))
+    assert not (folder / "agent_0" / ".saving-left").exists()
     shutil.rmtree(folder / "agent_1")  # killed in its last save: no step is left, and yet the agents must be written
     inside("train_cc.py", "--steps", 4, "--save_every", 2, "--out_dir", folder, "--resume")
     assert_same_run(folder, whole("train_cc.py"))
