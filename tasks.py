@@ -185,7 +185,7 @@ class Task:
     feedback_modes, worlds = ["score"], ["rebuilt"]   # the first one is the default
     max_new_tokens, steps, batch_size, lr = 128, 20, 16, 1e-3  # the train scripts' defaults for the tiny base, and
     real = {"max_new_tokens": 256, "steps": 25, "batch_size": 16, "lr": 5e-4, "critic_lr": 2e-4, "temperature": 0.7,
-            "eval_items": 24}                         # those that differ for any other model; tried: 135M, tldr
+            "eval_items": 24}  # those that differ for any other model; tried with one of 135M parameters on tldr
     one_writes_both = False                           # whether a tiny agent alone needs two agents' tokens
     base_batch, base_steps = 6, 1400                  # the tiny base: conversations per training step, steps
     pattern = r" ?[\p{L}_']+|\d|\s+|[^\s\p{L}]"      # splits text into words for the tiny base's tokenizer
@@ -599,13 +599,12 @@ class Writing(Task):
         return {self.source: text}
 
     def instructions(self, agent):
-        team, own = ("", "both texts") if self.num_agents == 1 else (
-            "You share a task with another writer and cannot talk to each other. ", "your text")
+        team = "You write two texts" if self.num_agents == 1 else (
+            "You share a task with another writer and cannot talk to each other. There are two texts")
         (fewest, most), (_, low, high, _) = self.levels["num_words"], self.levels["length_ratio"]
-        return (f"{team}Two texts belong together: {', then '.join(self.roles)}. The second is {low} to {high} times "
-                f"as long as the first and has {self.distinct} different words. Each has {fewest} to {most} words. "
-                "Both use the key words of the source; words such as however, therefore, for example and in addition "
-                f"link sentences, above all in the second. Answer with {own} and nothing else: no title or remark.")
+        return (f"{team}: {self.roles[0]}, and {self.roles[1]}. The second is {low} to {high} times as long and has "
+                f"{self.distinct} different words. Each has {fewest} to {most} words. Both use the key words of the "
+                "source. Answer with your text and nothing else.")
 
     def observation(self, item, agent):
         roles = [role + more * self.is_real for role, more in zip(self.roles, self.more)]
@@ -638,8 +637,8 @@ class TLDR(Writing):
     """A concise and a detailed summary of a post."""
     source, hub_sources = "prompt", [("trl-lib/tldr", "train[:1000]", "test[:1000]")]
     roles = "a concise summary", "a detailed summary"
-    more, distinct = (" of the post in two sentences, about 30 words", " of the post in five sentences, about 75 "
-                      "words, that begin with However, Therefore, For example, In addition"), "at least twice as many"
+    more, distinct = (" of the post in one sentence of about 25 words", " of the post in four sentences of about 15 "
+                      "words, with However, Therefore, For example, In addition"), "at least twice as many"
     levels = {"num_words": (8, 256), "length_ratio": (1.1, 1.6, 3.2, 5.0), "full_overlap": 0.03,
               "vocabulary_ratio": (1.3, 2.0, 1e8, 1e9), "transitions_in_both": False}  # many more words do not hurt
     steps, batch_size, lr = 32, 64, 1.5e-3
@@ -671,8 +670,8 @@ class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
     roles, real = ("background and motivation", "methodology and implications"), Task.real | {"max_new_tokens": 384}
-    more, distinct = (" of this paper in six long sentences, about 140 words", " of this paper in eight long "
-                      "sentences, about 200 words"), "about as many"
+    more, distinct = (" of this paper in six sentences of about 25 words", " of this paper in eight sentences of about "
+                      "25 words, with However, Therefore, For example, In addition"), "about as many"
     levels = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
               "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
     steps, batch_size, lr = 32, 64, 5e-4
@@ -1023,7 +1022,7 @@ class CoopHE(Task):
         real = [f"Write only def aux(...): a helper that does a part of the work of {f}, which somebody else writes.",
                 f"Write only def {f}(...) as described above, which calls aux(...): this helper exists already.",
                 f"Write def aux(...), a helper, and def {f}(...), which calls it."]
-        return f"{item['prompt']}{real[role] if self.is_real else tiny[role]}"
+        return item["prompt"] + ("\n" + real[role] if self.is_real else tiny[role])
 
     def judge(self, item, responses, turn, world=None):
         return self.judge_all([item], [responses], turn, [world])[0]
