@@ -11,7 +11,7 @@ import os
 import statistics
 
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": "", "strbuild": "36.6 / 46.1 / 68.5",
-         "housebuild": "43.2 / 54.6 / 52.7", "first-command": "", "first-command-dc": "", "first-command-mc": ""}
+         "housebuild": "43.2 / 54.6 / 52.7"}
 
 
 def table(folder):
