@@ -522,9 +522,8 @@ def test_a_joint_history_holds_everything_once():
         "role": "assistant", "content": "answer A\nanswer B"}, user("same for both")]
     assert critic_messages(histories[1:])[1] == {"role": "assistant", "content": "answer B"}
     assert critic_messages([[user(text)] for text in "353"]) == [user("3\n5\n3")]
-    talks = [[user(f"A post.\nIt ends.\nWrite {x}."), {"role": "assistant", "content": "kill"}] for x in "AB"]
-    assert critic_messages(talks) == [user("A post.\nIt ends.\nWrite A.\nWrite B."), {
-        "role": "assistant", "content": "kill\nkill"}]
+    talks = [[user(f"A post.\nIt ends.\nWrite {x}."), user("kill") | {"role": "assistant"}] for x in "AB"]
+    assert critic_messages(talks) == [user("A post.\nIt ends.\nWrite A.\nWrite B."), user("kill\nkill") | {"role": "assistant"}]
 
 
 def test_values_start_at_the_mean_return_of_the_turn_and_do_not_depend_on_other_rows(family, tmp_path):
