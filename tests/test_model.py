@@ -330,10 +330,10 @@ def test_control_tokens_that_a_post_spells_out_stay_text(family):
     control = [lm.tokenizer.convert_tokens_to_ids(text) for text in SPECIAL]
     talk = [{"role": "system", "content": "Rules."}, user(post), {"role": "assistant", "content": post}, user(post)]
     critic = Critic(lm, "critic", 1, 500)
-    for ids, messages in ((lm.render(talk), talk), (critic.input_ids([talk, talk]), talk[1:])):
+    for ids, messages, count in ((lm.render(talk), talk, 3), (critic.input_ids([talk, talk]), talk[1:], 4)):
         harmless = [message | {"content": "x"} for message in messages]
         assert [i for i in ids if i in control] == [i for i in lm.render(harmless) if i in control]
-        assert lm.tokenizer.decode(ids).count(post) == 3
+        assert lm.tokenizer.decode(ids).count(post) == count  # a critic reads both agents' answers, though equal
 
 
 def test_long_inputs_are_cut_on_the_left_and_counted(family, tmp_path):
