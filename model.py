@@ -93,6 +93,8 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
     GPT-NeoX with weights of standard deviation width^-1/2: with the usual 0.02 its attention stays uniform for long.
     """
     os.makedirs(folder, exist_ok=True)  # fails now, not after minutes of training
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same base for any number of threads, and as fast
     warm_up = (steps := steps or task.base_steps) * 2 // 7  # learning-rate warm-up, on exercises only
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -133,6 +135,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     tokenizer = bpe_tokenizer(ranks, task.pattern, SPECIAL_TOKENS, pad_token="<|pad|>", eos_token="<|end|>",
                               additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
     save_folder(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path), Path(

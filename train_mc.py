@@ -90,11 +90,11 @@ args = parser.parse_args()
 
 start_time = time.time()
 with exit_on_error():
-    args.out_dir = args.out_dir or f"out/{ALGORITHM}-{args.task}"
-    if args.eval_only:  # acts as in training, unless other settings are given
-        parser.set_defaults(out_dir=args.out_dir, **eval_defaults(args.out_dir))
-        args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    parser.set_defaults(out_dir=args.out_dir or f"out/{ALGORITHM}-{args.task}")
+    if args.eval_only:  # acts as in training, unless other settings are given
+        parser.set_defaults(**eval_defaults(parser.get_default("out_dir")))
+    args = parser.parse_args()
     rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name, "") is None})
