@@ -45,7 +45,7 @@ class Workplace:
         from model import build_tiny
         from tasks import get_task
         self.folder, self.out, self.count = folder, folder / "out", 0
-        self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=90, lr=0.01, width=64, layers=2,
+        self.tiny = build_tiny(get_task("strbuild"), str(self.out / "tiny-strbuild"), steps=150, lr=0.01, width=64, layers=2,
                                heads=2)
 
     def start(self, script, *arguments, folder=None, environment={}):
