@@ -68,10 +68,9 @@ def target_cells(target_rows):
 
 
 def cells_by_letter(cells, by_color=False):
-    """{index: the cells of the letter at that index, from the top}; letters are 5 columns wide and 2 columns apart.
+    """{index: the cells of the letter at that index, from the top}; by_color: first those with even x + y.
 
-    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}. by_color: first
-    the cells with even x + y, one color of a checkerboard, then the other.
+    cells_by_letter([(7, 0, 0), (0, 3, 0), (0, 4, 0)]) is {0: [(0, 4, 0), (0, 3, 0)], 1: [(7, 0, 0)]}.
     """
     ordered = sorted(cells, key=lambda cell: (cell[0] // 7, by_color and sum(cell) % 2, -cell[1], cell[0]))
     return {index: list(group) for index, group in itertools.groupby(ordered, lambda cell: cell[0] // 7)}
@@ -103,10 +102,8 @@ def command_lines(response):
     """
     parts = response.split("```", 2)
     if len(parts) == 3:  # two fences or more: read between the first two
-        response = parts[1]
-        first, newline, rest = response.partition("\n")
-        if newline and re.fullmatch(r"[\w+#.-]+", first.strip()):  # a language tag; "/kill" is not one
-            response = rest
+        tag, newline, rest = parts[1].partition("\n")  # a language tag; "/kill" is not one
+        response = rest if newline and re.fullmatch(r"[\w+#.-]+", tag.strip()) else parts[1]
     lines = [re.sub(r"^([-*]+|\d+[.)])\s*", "", line.strip()) for line in response.splitlines()]
     return [line for line in lines if line]
 
@@ -198,11 +195,9 @@ def strbuild_world(target_rows, responses, palettes, max_commands=300, start=())
 
 def texture(block):
     """The texture of a block: oak_planks is wood, stone and cobblestone are both stone."""
-    if block.endswith(("_planks", "_wood")):
-        return "wood"
-    if block in ("stone", "cobblestone", "stone_bricks") or block.endswith(("_stone", "_stone_bricks")):
-        return "stone"
-    return "concrete" if block.endswith("_concrete") else block
+    kinds = {"wood": ("_planks", "_wood"), "stone": ("_stone", "_stone_bricks"), "concrete": "_concrete"}
+    name = "_stone" if block in ("stone", "cobblestone", "stone_bricks") else block
+    return next((kind for kind, endings in kinds.items() if name.endswith(endings)), block)
 
 
 def strbuild_score(target_rows, responses, palettes, max_commands=300, start=()):
@@ -330,9 +325,8 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     """Score a joint action. reward = match - spider_penalty, at most 1; iou is that of the non-air cells.
 
     match counts air cells, too; the penalty is 0.1 x min(1, sum of attacks / player_hp) if a team of two or more is
-    attacked and no kill was accepted. Of a house {0: ["PP"], 1: [".P"]} of planks a single agent builds
-    "fill 0 0 0 1 0 0 planks": match 3/4, iou 2/3, no penalty. With a silent second agent and attacks (1, 2) its limit
-    of 2 + 0 planks is still enough, and the penalty is 0.1 x 3/5 = 0.06.
+    attacked and no kill was accepted. "fill 0 0 0 1 0 0 planks" of a house {0: ["PP"], 1: [".P"]} of planks: match 3/4,
+    iou 2/3; with a silent second agent and attacks (1, 2) the penalty is 0.1 x 3/5 = 0.06.
     """
     world, accepted, _ = housebuild_world(layers, inventory, responses, max_commands, limited_resource)
     target = house_target(layers, inventory)
