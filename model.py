@@ -213,7 +213,7 @@ def load_models(names, task, max_new_tokens, *options):
         path = Path(tiny, "trained_on.txt")
         if not path.exists() or path.read_text() != training_checksum(task):
             print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew" if path.exists() else
-                  f"{tiny} is built first, in one to three minutes")
+                  f"{tiny} is built first, in about three minutes")
             build_tiny(task, tiny)
     all_gather([])  # barrier: the other ranks wait for the build
     bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}
