@@ -282,7 +282,7 @@ def update_actors(episodes):
 def evaluate(show=False):
     """Play every held-out item once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
     started, episodes, items = time.time(), [], task.eval_items[:args.eval_items]
-    size = args.batch_size * args.ranks * (8 if lms[0].is_small else 1)  # at once; a small model has the room
+    size = args.batch_size * args.ranks * (2 if lms[0].is_small else 1)  # at once; an interrupt waits for them
     eval_generator = torch.Generator().manual_seed(1234)
     for k in tqdm(range(0, len(items), size), "held-out items", leave=False, disable=rank > 0 or None):
         episodes += rollout(items[k:k + size], eval_generator)
