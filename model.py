@@ -9,7 +9,6 @@ Shapes: B rows, T tokens, N answer tokens of all rows, C hidden size, V vocabula
 
     python model.py out/cc-strbuild --string CLIM           # run the trained team: one process per agent, no critic
     python model.py out/cc-strbuild out/mc-strbuild --items 20     # compare teams
-    python model.py out/cc-strbuild --merge team            # team/agent_0, ...: plain models with merged adapters
 """
 import argparse
 import atexit
@@ -43,7 +42,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer,
                           DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, StaticCache,
                           TopPLogitsWarper)
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -230,7 +229,6 @@ def memory_gb(device):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident) / 2 ** 30
 
-
 # --- several GPUs or machines -----------------------------------------------------------------------------------------
 
 def init_distributed(device):
@@ -375,8 +373,7 @@ class LanguageModel:
         """Raise InputError if the adapter in folder was saved with another base (by fingerprint)."""
         path = Path(folder, "base.json")
         if path.exists() and (base := json.loads(path.read_text()))["fingerprint"] != self.fingerprint:
-            raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not {self.folder} "
-                             "as it is now.")
+            raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not {self.folder}.")
 
     def check(self):
         """Raise InputError unless sampling, updates and plain PEFT agree: unusual architectures break assumptions."""
@@ -549,18 +546,6 @@ def serve(args, run, config):
         print(json.dumps(texts[0]), flush=True)
 
 
-def merge(args, run, config):
-    """Save each agent's base with its adapter merged into it as an ordinary model, FOLDER/agent_0, ..."""
-    if os.path.exists(args.merge):
-        raise InputError(f"{args.merge} already exists; choose another folder.")
-    for i, folder in enumerate(model_folders(config["model"], config["num_agents"], config["base"])):
-        lm = LanguageModel(folder)
-        lm.add_adapter("agent", f"{run}/agent_{i}")
-        model = lm.peft.merge_and_unload().to(AutoConfig.from_pretrained(folder).dtype or torch.float32)
-        save_folder(f"{args.merge}/agent_{i}", lambda path: (
-            model.save_pretrained(path), lm.tokenizer.save_pretrained(path)))
-
-
 def play(task, item, agents):
     """Play one episode; each of the agents, processes that serve, is sent its own history, nothing else."""
     episode = Episode(item)
@@ -579,13 +564,11 @@ def play(task, item, agents):
 def main():
     parser = argparse.ArgumentParser(description="Run trained teams: one process per agent, no critic.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, such as out/cc-strbuild")
-    parser.add_argument("--item", "--string", help="play your own: its text, a file or - for standard input, with its "
-                                                   "text or a line of --data (default: the first held-out item)")
-    parser.add_argument("--items", type=int, default=1, help="so many held-out items, a line for each and the mean")
+    parser.add_argument("--item", "--string", help="play your own: a text, or a file or - with a text or --data line")
+    parser.add_argument("--items", type=int, default=1, help="so many held-out items (default 1), a line each, a mean")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--agent", type=int, help="instead, be this agent: a history per line in, an answer out (JSON)")
-    parser.add_argument("--merge", metavar="FOLDER", help="instead, save merged models FOLDER/agent_0, ...")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process and its agents without a traceback
     with exit_on_error():
@@ -594,9 +577,6 @@ def main():
             config = read_config(run)
             if args.agent is not None:
                 return serve(args, run, config)
-            if args.merge:
-                merge(args, run, config)
-                continue
             options = {name: config[name] for name in TASK_OPTIONS if name in config and name != "data"}
             task = get_task(config["task"], **options)
             text = sys.stdin.read() if args.item == "-" else args.item

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import FAMILIES, flat, make_folder, plain_logits
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_model import FAMILIES, make_folder
 
 import model
 from model import LanguageModel
@@ -572,25 +571,6 @@ def test_play_is_each_agent_with_its_own_adapter_history_and_generator(place, co
     shutil.rmtree(folder / "agent_0")
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(heard[1])))
     assert [json.loads(line) for line in main("--agent", "1").splitlines()] == [turn.responses[1] for turn in episode.turns]
-
-
-def test_merged_agents_are_plain_models(place, whole, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(place.folder)
-    monkeypatch.setattr(sys, "argv", ["model.py", "whole-train_mc.py", "--device", "cpu", "--merge", str(tmp_path / "team")])
-    folder = whole("train_mc.py")
-    model.main()
-    assert sorted(os.listdir(tmp_path / "team")) == ["agent_0", "agent_1"]
-    for i in range(2):
-        lm, merged = LanguageModel(place.tiny), str(tmp_path / "team" / f"agent_{i}")
-        lm.add_adapter("agent", str(folder / f"agent_{i}"))
-        prompts = [lm.render([{"role": "user", "content": text}]) for text in ("Build 1:I with stone.", "C")]
-        tokens = lm.generate("agent", prompts, torch.rand(2, 12))[0]
-        logp = plain_logits(AutoModelForCausalLM.from_pretrained(merged), prompts, tokens).log_softmax(-1)
-        assert torch.allclose(logp.gather(1, flat(tokens)[:, None])[:, 0], lm.logprobs("agent", prompts, tokens)[0], atol=1e-3)
-        assert AutoTokenizer.from_pretrained(merged).chat_template == lm.tokenizer.chat_template
-    with pytest.raises(SystemExit) as end:
-        model.main()
-    assert end.value.code == 2 and "team already exists; choose another folder." in capfd.readouterr().err
 
 
 def test_playing_what_cannot_be_played(place, whole, copy_of, monkeypatch, capfd):
