@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ METHODS = {"grpo": ("GRPO, one agent", "train_mc.py --num_agents 1"),
            "one": ("actor-critic, one agent", "train_cc.py --num_agents 1"), "mc": ("MAGRPO", "train_mc.py"),
            "dc": ("CoLLM-DC", "train_dc.py"), "cc": ("CoLLM-CC", "train_cc.py")}
 COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "reward per turn": ("eval/reward", 2),
-           "turns": ("eval/turns", 2), "tokens an answer": ("eval/response_tokens", 0), "IoU": ("eval/iou", 2),
+           "turns": ("eval/turns", 2), "tokens": ("tokens", 0), "slowest": ("slowest", 0), "s": ("seconds", 2), "IoU": ("eval/iou", 2),
            "adjacency": ("eval/adjacent_same_ratio", 2), "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2),
            "pass rate": ("eval/pass_rate", 2)}
 KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
@@ -32,6 +33,35 @@ def command(task, method, seed):
     """The arguments of python for one run."""
     return (f"{METHODS[method][1]} --task {task} --seed {seed} --threads 1 --device cpu "
             f"--out_dir out/table1/{task}-{method}-seed{seed} --overwrite").split()
+
+
+def deployed(folder):
+    """Of the last evaluation, per episode: tokens of an agent, of the agent with most, and the seconds that these take.
+
+    Agents write at the same time, so the team waits for the longest answer of each turn: answers of [5, 7] and [9, 3]
+    tokens in two turns are 12 an agent, and 16 to wait for. Seconds: those, times the CPU seconds that agent 0 takes
+    for a token alone on one thread.
+    """
+    sys.path.insert(0, str(HERE.parent))
+    import torch
+    from model import LanguageModel
+    torch.set_num_threads(1)
+    config = json.loads((folder / "config.json").read_text())
+    lm = LanguageModel(f"out/tiny-{config['base']}", "cpu")
+    lm.add_adapter("agent", str(folder / "agent_0"))
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    episodes = [record["turns"] for record in records if record["step"] == config["steps"]]
+    lengths = [[[1 + len(lm.tokenizer(answer).input_ids) for answer in turn["answers"]] for turn in turns]
+               for turns in episodes]
+    slowest = statistics.mean(sum(map(max, turns)) for turns in lengths)
+    prompt, uniforms, seconds = lm.render(episodes[0][0]["told"][0]), torch.full((1, 64), 0.5), []
+    lm.ends = []  # writes on to the limit
+    for _ in range(7):
+        start = time.thread_time()
+        lm.generate("agent", [prompt], uniforms)
+        seconds.append((time.thread_time() - start) / 64)
+    return {"tokens": statistics.mean(sum(map(statistics.mean, turns)) for turns in lengths), "slowest": slowest,
+            "seconds": slowest * statistics.median(seconds)}
 
 
 def make(job):
@@ -47,6 +77,7 @@ def make(job):
         sys.exit(f"{path.stem}: {run.stderr}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
+    lines[-1] |= deployed(folder)
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path.stem}: score {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
@@ -79,11 +110,12 @@ if __name__ == "__main__":
     parser.add_argument("--run", nargs="+", choices=TASKS, default=[], metavar="TASK", help="make missing runs of these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of these methods")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, on one thread each (default 2)")
     args = parser.parse_args()
     for task in args.run:  # builds the tiny base
         subprocess.run([sys.executable, HERE.parent / "train_cc.py", "--task", task, "--eval_only", "--eval_items", "1",
                         "--out_dir", "out/table1/base"], stdout=subprocess.DEVNULL, check=True)
     jobs = [(task, method, seed) for seed in range(args.seeds) for task in args.run for method in args.methods]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(make, jobs))
     print("\n\n".join(filter(None, map(table, TASKS))))
