@@ -373,7 +373,7 @@ class LanguageModel:
         """Raise InputError if the adapter in folder was saved with another base (by fingerprint)."""
         path = Path(folder, "base.json")
         if path.exists() and (base := json.loads(path.read_text()))["fingerprint"] != self.fingerprint:
-            raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not {self.folder}.")
+            raise InputError(f"{folder} was trained on another base: {base['model']} as it was then, not {self.folder}")
 
     def check(self):
         """Raise InputError unless sampling, updates and plain PEFT agree: unusual architectures break assumptions."""

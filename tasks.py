@@ -718,8 +718,6 @@ class ArXiv(Writing):
 FUNCTION_NODES, IMPORT_NODES = (ast.FunctionDef, ast.AsyncFunctionDef), (ast.Import, ast.ImportFrom)
 MAX_ANSWER = 20_000  # characters; to parse a literal of millions takes longer than all tests
 TIME_LIMITS = 2.0, 6.0  # seconds for one test, and for all tests of one pair of answers
-BWRAP = """--die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid --unshare-uts --unshare-cgroup-try
-    --size 16777216 --tmpfs /tmp --chdir /tmp"""
 
 
 def work():
@@ -738,11 +736,9 @@ def work():
         kind = next(filter(kinds.get, type(value).__mro__), None)
         parts = kinds[kind](value) if kind else value
         return (kind.__name__, parts if isinstance(parts, str) else [*map(pack, parts)]) if kind else value
-
     def unpack(data):
         name, parts = data if isinstance(data, tuple) else ("", data)
         return names[name](parts if isinstance(parts, str) else map(unpack, parts)) if name else data
-
     def ask(request):
         print(ascii(pack(request)), file=to_answer)
         reply = from_answer.readline(10 ** 7)
@@ -780,7 +776,8 @@ def work():
 def sandbox(source=inspect.getsource(work)):
     """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
     python = [os.path.realpath(sys._base_executable), "-ISWignore", "-c", source + "work()"]
-    bwrap = [shutil.which("bwrap"), *BWRAP.split()]
+    bwrap = [shutil.which("bwrap"), *"""--die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid
+        --unshare-uts --unshare-cgroup-try --size 16777216 --tmpfs /tmp --chdir /tmp""".split()]
     for path in "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0]:
         bwrap += ["--dir", os.path.dirname(path), "--ro-bind-try", path, path]
     for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
@@ -796,11 +793,10 @@ def sandbox(source=inspect.getsource(work)):
 def run_tests(jobs):
     """For each (module, tests) a 1 for every test that passes, 0 for others; the first time-out ends them."""
     def start(*pipes, command=sandbox()):
-        with tempfile.TemporaryDirectory() as folder:  # gone as soon as the process runs in it: no file can be made
+        with tempfile.TemporaryDirectory() as cwd:  # gone as soon as the process runs in it: no file can be made
             return subprocess.Popen([*command, *map(str, pipes)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                    stderr=subprocess.PIPE, errors="replace", env={}, cwd=folder, pass_fds=pipes,
+                                    stderr=subprocess.PIPE, errors="replace", env={}, cwd=cwd, pass_fds=pipes,
                                     start_new_session=True)
-
     def run_pair(job):
         (module, tests), verdicts, end = job, "", time.monotonic() + TIME_LIMITS[1]
         while len(verdicts) < len(tests):  # a crash of the answer ends both processes and costs one test
