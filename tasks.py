@@ -726,7 +726,7 @@ def work():
     So only values that the answer computed pass. Data of built-in types gets across; subclasses become their base. That
     excludes a Fraction, a generator, a function, an int of over 4300 digits, and changes of an argument in place.
     """
-    import builtins, contextlib, os, resource, sys
+    import builtins, os, resource, sys
     kinds = {int: int.__repr__, float: float.__repr__, complex: complex.__repr__, str: str.__str__, dict: dict.items}
     kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list) | {bool: "1".__mul__}  # bool("") is False
     kinds |= {e: str for e in vars(builtins).values() if isinstance(e, type) and issubclass(e, BaseException)}
@@ -751,11 +751,12 @@ def work():
     if len(sys.argv) > 1:  # pipes to and from an answer: this is its judge
         import ast, signal, time
         to_answer, from_answer = open(int(sys.argv[1]), "w", 1), open(int(sys.argv[2]))
-    if os.geteuid() == 0:  # becomes nobody, without capabilities: root may have any number of processes
-        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    os.geteuid() or (os.setgroups([]), os.setgid(65534), os.setuid(65534))  # root becomes nobody, without capabilities
     for name, limit in ("AS", 1 << 30), ("FSIZE", 10 ** 6), ("NOFILE", 64), ("CPU", 9), ("CORE", 0), ("NPROC", 0):
-        with contextlib.suppress(OSError, ValueError):  # a limit that is lower already; some on macOS
+        try:  # without contextlib, whose import takes longer than an honest answer
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        except (OSError, ValueError):
+            pass  # a limit that is lower already; some on macOS
     for line in requests:
         try:
             match unpack(eval(line)):  # written by the trainer or by a judge
@@ -785,8 +786,7 @@ def sandbox(source=inspect.getsource(work)):
     bwrap += ["--remount-ro", "/", *python]
     if bwrap[0] and subprocess.run(bwrap, stdin=subprocess.DEVNULL, capture_output=True, env={}).returncode == 0:
         return bwrap
-    print("coophe runs what the model writes. Without bubblewrap (apt-get install bubblewrap; it is missing or may not "
-          "work here) such code can use the network and this user's files and processes, and may outlive the run.")
+    print("No working bubblewrap (apt-get install bubblewrap): models' code can use your network, files and processes.")
     return python
 
 
