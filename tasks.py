@@ -246,7 +246,7 @@ class Task:
 
     def check(self, record):
         """The item that one line of --data FILE.jsonl describes, or ValueError."""
-        raise InputError(f"{self.name} reads no items from a file: it has no check(record).")
+        raise InputError(f"{self.name} takes no items of your own: it has no check(record).")
 
     def own_item(self, text):
         """A person's item: a JSON object as in --data, or just its text, if such items are texts."""
@@ -1313,7 +1313,8 @@ def main():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
         for agent in range(task.num_agents):
             print(f"--- agent {agent}")
-            for message in history(task, Episode(item, [Turn(None, None, None, responses, outcome)]), agent):
+            told = history(task, Episode(item, [Turn(None, None, None, responses, outcome)]), agent)
+            for message in told[:None if task.num_turns > 1 else -1]:  # the feedback, where there is a next turn
                 print(f"{message['role']:>9}: " + message["content"].strip().replace("\n", f"\n{'':11}"))
         print(f"\n{task.draw(item, outcome.world, color=os.isatty(1))}\n")
         for name, part in outcome.parts.items():
