@@ -86,7 +86,6 @@ def letters_text(text, cells=None, end="", by_color=False):
     letters = dict.fromkeys(range(len(text)), []) if cells is None else cells_by_letter(cells, by_color)
     return "".join(f" {index + 1}:{text[index]}{cells_text(group)}{end}" for index, group in letters.items())
 
-
 # --- reading answers: lines that are no command are rejected, whatever a model wrote ---------------------------------
 
 PALETTES = [["oak_planks", "stone"], ["white_concrete", "obsidian"]]  # agent 0's blocks, agent 1's blocks
@@ -184,7 +183,6 @@ def overlap(target, accepted):
               for own in accepted]
     return sum(sum(cell in cells for cells in filled) > 1 for cell in target) / max(1, len(target))
 
-
 # --- strbuild: the world and its score --------------------------------------------------------------------------------
 
 def strbuild_world(target_rows, responses, palettes, max_commands=300, start=()):
@@ -218,7 +216,6 @@ def strbuild_score(target_rows, responses, palettes, max_commands=300, start=())
     return {"reward": 2 * coverage - 1.5 * extra_ratio - adjacent_same_ratio - 0.25 * missing,
             "iou": covered / max(1, len(target) + extra), "coverage": coverage, "extra_ratio": extra_ratio,
             "adjacent_same_ratio": adjacent_same_ratio, "missing_palettes": missing, "accepted": [*map(len, accepted)]}
-
 
 # --- housebuild -------------------------------------------------------------------------------------------------------
 
@@ -338,7 +335,6 @@ def housebuild_score(layers, inventory, responses, player_hp=5, spider_attacks=(
     return {"reward": match - penalty, "iou": len(world.keys() & target.keys()) / max(1, len(union)),
             "match": match, "spider_penalty": penalty, "accepted": [len(commands) for commands in accepted]}
 
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"oak_planks": ("O", (184, 142, 86)), "stone": ("S", (125, 125, 125)), "obsidian": ("B", (44, 32, 66)),
@@ -412,7 +408,6 @@ def draw_svg(plan, world):
             lines.append(f'<polygon points="{points}" fill="{shade(color, light) if cell in world else "none"}"/>')
         lines.append("</g>")
     return "\n".join(lines + ["</svg>"]) + "\n"
-
 
 # --- python minecraft_sim.py: a perfect team, on a checkerboard so that no two blocks of one agent touch --------------
 

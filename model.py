@@ -260,7 +260,7 @@ def all_gather(items):
 
 
 def shard(items):
-    """This rank's consecutive part of a list: of [1, 2, 3], rank 0 of 2 gets [1] and rank 1 gets [2, 3]."""
+    """This rank's consecutive part of a list or tensor: of [1, 2, 3], rank 0 of 2 gets [1] and rank 1 gets [2, 3]."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return items[len(items) * rank // ranks:len(items) * (rank + 1) // ranks]
 
@@ -342,14 +342,14 @@ class LanguageModel:
         probe = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
         self.fingerprint = zlib.crc32(probe.bfloat16().cpu().view(torch.int16).numpy().tobytes())
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        self.special_texts = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "$^")
+        self.special_texts = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         new_name = "cache" in inspect.signature(self.causal_lm.forward).parameters  # since transformers 5.24
         self.cache_argument = "cache" if new_name else "past_key_values"
         if gradient_checkpointing:
             for module in self.causal_lm.modules():  # transformers' own works only in training mode, with dropout
                 if isinstance(module, GradientCheckpointingLayer):
                     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        self.check()
+        self.check()  # makes self.peft, too
         if compiled:  # decode with a static cache and CUDA graphs; it has not been timed on a GPU yet
             self.compiled_step = torch.compile(self.causal_lm, mode="reduce-overhead")
 
@@ -573,14 +573,13 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process and its agents without a traceback
     with exit_on_error():
         init_distributed(args.device)  # checks that the device exists
+        if args.agent is not None:
+            return serve(args, args.runs[0], read_config(args.runs[0]))
+        text = sys.stdin.read() if args.item == "-" else args.item
+        text = Path(text).read_text(encoding="utf-8", errors="replace") if os.path.isfile(text or "") else text
         for run in args.runs:
-            config = read_config(run)
-            if args.agent is not None:
-                return serve(args, run, config)
-            options = {name: config[name] for name in TASK_OPTIONS if name in config and name != "data"}
-            task = get_task(config["task"], **options)
-            text = sys.stdin.read() if args.item == "-" else args.item
-            text = Path(text).read_text(encoding="utf-8") if os.path.isfile(text or "") else text
+            config = read_config(run)  # not its data, a file that may be gone: built-in items are played
+            task = get_task(config["task"], **{name: config[name] for name in TASK_OPTIONS if name != "data"})
             items = task.eval_items[:args.items] if text is None else [task.own_item(text)]
             command = [sys.executable, __file__, run, "--seed", str(args.seed), "--device", args.device, "--agent"]
             agents = [subprocess.Popen([*command, str(i)], text=True, bufsize=1, stdin=subprocess.PIPE,
@@ -592,6 +591,7 @@ def main():
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
                 print(dialogue(task, episode, os.isatty(1)) * (len(items) == 1) + f"{printable(str(item))[:60]}: score "
                       f"{scores[-1]:.1f} after {len(episode.turns)} turns", flush=True)
+                signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # an agent that has died is an error
             if len(items) > 1:
                 print(f"{run}: mean score {sum(scores) / len(scores):.1f} of {len(scores)} items", flush=True)
 

@@ -55,7 +55,6 @@ import minecraft_sim as sim
 
 # --- episodes ---------------------------------------------------------------------------------------------------------
 
-
 @dataclass
 class Outcome:
     """The environment's reply to one joint action."""
@@ -175,9 +174,7 @@ def record(task, episode, step):
              for t, turn in enumerate(episode.turns)]
     return {"step": step, "item": episode.item, "score": episode.turns[-1].outcome.score, "turns": turns}
 
-
 # --- what tasks have in common ----------------------------------------------------------------------------------------
-
 
 class Task:
     """What tasks share; the methods that a new task must add stand at the top of this file."""
@@ -249,9 +246,11 @@ class Task:
         raise InputError(f"{self.name} takes no items of your own: it has no check(record).")
 
     def own_item(self, text):
-        """A person's item: a JSON object as in --data, or just its text, if such items are texts."""
-        record = json.loads(text) if text.lstrip().startswith("{") else {self.source: text.strip()}
-        return self.check(record)
+        """A person's item: a JSON object as in --data, or just its text, if such items are texts; or InputError."""
+        try:
+            return self.check(json.loads(text) if text.lstrip().startswith("{") else {self.source: text.strip()})
+        except ValueError as error:
+            raise InputError(f"this is no item of {self.name}: {error}") from None
 
     def instructions(self, agent):
         """The rules, given once as the system message."""
@@ -298,14 +297,7 @@ class Task:
     def draw(self, item, world, color=False):
         return sim.draw(self.plan(item), world, color) if self.plan else ""
 
-    def draw_svg(self, item, world):
-        if not self.plan:
-            raise InputError(f"{self.name} has no picture.")
-        return sim.draw_svg(self.plan(item), world)
-
-
 # --- strbuild: write a string in blocks -------------------------------------------------------------------------------
-
 
 class StrBuild(Task):
     """Two builders write a string in 5x5 letters, each with two blocks of its own; equal neighbours cost reward.
@@ -435,9 +427,7 @@ class StrBuild(Task):
                 answer += f"/setblock {x} {y} {z} {blocks[block_habit]}\n"
         return answer or "nothing\n"
 
-
 # --- housebuild: fill the boxes of a house ----------------------------------------------------------------------------
-
 
 class HouseBuild(Task):
     """Builders with limited blocks fill the boxes of a house, and one of them must kill the spiders.
@@ -446,7 +436,7 @@ class HouseBuild(Task):
     """
     # a number, the line break and the command are one token, each corner is one, the block is one: 4 tokens per box
     pattern = r" \d+ \d+ \d+| \d+:(?:\nfill)?| \w+\n|\n|kill| \d+| ?[\p{L}_']+|\s+|[^\s\p{L}]"
-    turns, feedback_modes = 4, ["score", "position"]
+    turns = 4
     max_new_tokens, steps, lr, plan, real = 130, 28, 2e-3, staticmethod(sim.house_plan), StrBuild.real
 
     def random_item(self, rng):
@@ -457,10 +447,7 @@ class HouseBuild(Task):
         return json.dumps(item["layers"])
 
     def check(self, record):
-        try:
-            return sim.check_house(record.get("layers"), record.get("inventory"), record.get("spider_attacks", []))
-        except ValueError as error:
-            raise InputError(error) from None
+        return sim.check_house(record.get("layers"), record.get("inventory"), record.get("spider_attacks", []))
 
     def instructions(self, agent):
         return (f"You are builder {agent + 1} of {self.num_agents}. Together you build a house, and you cannot talk to "
@@ -476,15 +463,13 @@ class HouseBuild(Task):
         return f"Spiders{attacks}. You have{blocks}. The house:\n{sim.house_text(item['layers'], item['inventory'])}"
 
     def judge(self, item, responses, turn, world=None):
-        house, told = (item["layers"], item["inventory"]), None  # None: the reward
+        house = item["layers"], item["inventory"]
         parts = sim.housebuild_score(*house, responses, spider_attacks=item["spider_attacks"])
         world, accepted, _ = sim.housebuild_world(*house, responses)
         parts["kills"] = sum(sim.KILL in commands for commands in accepted)
         parts["overlap"] = sim.overlap(sim.house_target(*house), accepted)
-        if self.feedback_mode == "position":
-            told = [f"Turn {turn + 2}. Fill about half of these:\n{sim.house_text(*house)}"] * self.num_agents
         reward = parts["reward"] - 1
-        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world, told)
+        return self.outcome(reward, 100 * parts["iou"], parts, turn, reward > -0.05, world)
 
     # the sloppy expert: its habit decides which boxes it fills; if it kills, it leaves out the first quarter of these
     box_habits = {"none": 3, "all": 2, "odd": 2, "even": 2, "first": 2, "last": 2, "some": 3}
@@ -504,7 +489,6 @@ class HouseBuild(Task):
         boxes = sim.boxes_text([([rng.randrange(8) for _ in range(3)], [rng.randrange(8) for _ in range(3)],
                                  rng.choice(sim.HOUSE_BLOCKS)) for _ in range(rng.randint(3, 9))])
         return chat_messages(f"The house:\n{boxes}", boxes.replace(": ", ":\nfill "))
-
 
 # --- tldr and arxiv: two texts that belong together -------------------------------------------------------------------
 
@@ -711,7 +695,6 @@ class ArXiv(Writing):
         for the field the results are good news, because people can study {study} with less data than otherwise. In
         practice the method helps {helps}, who want models that give more insight into causes and not only numbers. In
         conclusion, the authors see a limit for {except} and propose to close the gap with more data in later work."""]
-
 
 # --- coophe: what two answers are worth -------------------------------------------------------------------------------
 
@@ -1067,7 +1050,6 @@ class CoopHE(Task):
                             "failed: " + rng.choice(item["test"].split("\n    ")[1:])])
         return [f"Turn {turn + 2}. {level}"] * len(responses)  # random, because running the tests would take too long
 
-
 # --- files: items, and the folder of a run ----------------------------------------------------------------------------
 
 def read_jsonl(path, check):
@@ -1211,7 +1193,7 @@ class Run:
             settings = ", ".join(f"{name}={value}" for name, value in vars(args).items() if name in names)
             print(textwrap.fill(f"{title}: {settings or 'nothing'}", 100, subsequent_indent="    "))
 
-    def open(self, keys):
+    def prepare(self, keys):
         """Prepare the folder's files; returns what save() saved, for --resume and --eval_only, or None."""
         import torch  # `python tasks.py` needs none
         path, args, saved = self.folder / "train_state.pt", self.args, None
@@ -1279,20 +1261,17 @@ class Run:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, handler)
 
-
 # --- all tasks, and python tasks.py -----------------------------------------------------------------------------------
 
 TASKS = {"tldr": TLDR, "arxiv": ArXiv, "coophe": CoopHE, "strbuild": StrBuild, "housebuild": HouseBuild}
 TASK_OPTIONS = ["num_agents", "num_turns", "feedback", "data", "reward", "world", "model"]
 
 
-def get_task(name, num_turns=None, **options):
+def get_task(name, **options):
     """The task of that name; raises InputError where the name or an option is wrong."""
     if name not in TASKS:
         raise InputError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
-    if num_turns is not None and num_turns < 1:
-        raise InputError(f"num_turns must be at least 1, not {num_turns}.")
-    return TASKS[name](num_turns=num_turns, **options)
+    return TASKS[name](**options)
 
 
 def main():
@@ -1309,7 +1288,9 @@ def main():
         responses = [task.expert(item, i, rng) for i in range(task.num_agents)]
         outcome = task.judge(item, responses, 0)
         if args.svg:
-            Path(args.svg).write_text(task.draw_svg(item, outcome.world), encoding="utf-8")
+            if not task.plan:
+                raise InputError(f"{task.name} has no picture.")
+            Path(args.svg).write_text(sim.draw_svg(task.plan(item), outcome.world), encoding="utf-8")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback with | head
         for agent in range(task.num_agents):
             print(f"--- agent {agent}")

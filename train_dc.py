@@ -61,14 +61,14 @@ group = parser.add_argument_group("rollout")
 group.add_argument("--batch_size", type=natural, default=None, help="B, episodes per step and process (the task's)")
 group.add_argument("--group_size", type=natural, default=1, help="G, episodes on the same item in a step (default 1)")
 group.add_argument("--max_new_tokens", type=natural, default=None, help="maximum tokens per answer (the task's)")
-group.add_argument("--temperature", type=number(float, 1e-3), help="of sampling and of log pi (default 1)")
+group.add_argument("--temperature", type=number(float, 1e-3), help="of sampling and of log pi (the task's)")
 group.add_argument("--top_p", type=number(float, 1e-3, 1), default=1.0, help="nucleus sampling (default 1: all tokens)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=number(int, 0), default=None, help="training steps (default: the task's)")
 group.add_argument("--gamma", type=share, default=0.9, help="discount per turn (default 0.9, the paper's)")
 group.add_argument("--lam", type=share, default=0.0, help="GAE lambda: 0 = the paper's TD, 1 = return minus value")
 group.add_argument("--lr", type=rate, default=None, help="actors' AdamW rate, linear decay to 0 (the task's)")
-group.add_argument("--critic_lr", type=rate, default=None, help="critics' AdamW rate, constant (default 2e-3)")
+group.add_argument("--critic_lr", type=rate, default=None, help="critics' AdamW rate, constant (the task's)")
 group.add_argument("--critic_tokens", type=natural, default=2048, help="most tokens that a critic reads (default 2048)")
 group.add_argument("--passes", type=natural, default=2, help="epochs over a step's batch (default 2)")
 group.add_argument("--minibatches", type=natural, default=2, help="optimizer steps per pass (default 2)")
@@ -126,7 +126,7 @@ critic_optimizer = torch.optim.AdamW(sum((c.weights for c in critics), []), args
 stateful = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer} | {c.name: c for c in critics}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "inputs/truncated": 0}
 with exit_on_error():
-    if saved := run.open({*stateful, "adapters", "rng", "generator", "progress"}):
+    if saved := run.prepare({*stateful, "adapters", "rng", "generator", "progress"}):
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
@@ -171,15 +171,14 @@ def rollout(items, generator):
             continue  # not break: all ranks' generators stay in sync
         histories = [[history(task, episodes[k], i) for i in agents] for k in running]  # [episode][agent]
         prompts = [[lms[i].render(h[i], lms[i].context - args.max_new_tokens) for h in histories] for i in agents]
-        tokens, logps, responses = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i],
-                                                         args.temperature, args.top_p) for i in agents))
-        fields = prompts, tokens, logps, responses  # each [agent][episode]
-        turns = [[list(own) for own in zip(*by_agent)] for by_agent in fields]  # the fields, each [episode][agent]
+        sampled = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i], args.temperature, args.top_p)
+                        for i in agents))  # tokens, logps, texts, each [agent][episode]
+        prompts, tokens, logps, responses = ([list(own) for own in zip(*by_agent)] for by_agent in (prompts, *sampled))
         items_now, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
-        outcomes = task.judge_all(items_now, turns[-1], t, worlds)
-        for k, h, outcome, *turn in zip(running, histories, outcomes, *turns):
+        outcomes = task.judge_all(items_now, responses, t, worlds)  # all of these are [episode][agent]
+        for k, h, *turn in zip(running, histories, prompts, tokens, logps, responses, outcomes):
             read = [critic.input_ids([h[i] for i in reads[c]]) for c, critic in enumerate(critics)]
-            episodes[k].turns.append(Turn(*turn, outcome, read))
+            episodes[k].turns.append(Turn(*turn, read))
     return all_gather(episodes)
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def update_actors(episodes):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 def evaluate(show=False):
-    """Play every held-out item once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
+    """Play eval_items held-out items once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
     started, episodes, items = time.time(), [], task.eval_items[:args.eval_items]
     size = args.batch_size * args.ranks * (2 if lms[0].is_small else 1)  # at once; an interrupt waits for them
     eval_generator = torch.Generator().manual_seed(1234)

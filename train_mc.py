@@ -62,7 +62,7 @@ group = parser.add_argument_group("rollout")
 group.add_argument("--batch_size", type=natural, default=None, help="B, episodes per step and process (the task's)")
 group.add_argument("--group_size", type=natural, default=4, help="G, episodes on the same item in a step (default 4)")
 group.add_argument("--max_new_tokens", type=natural, default=None, help="maximum tokens per answer (the task's)")
-group.add_argument("--temperature", type=number(float, 1e-3), help="of sampling and of log pi (default 1)")
+group.add_argument("--temperature", type=number(float, 1e-3), help="of sampling and of log pi (the task's)")
 group.add_argument("--top_p", type=number(float, 1e-3, 1), default=1.0, help="nucleus sampling (default 1: all tokens)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=number(int, 0), default=None, help="training steps (default: the task's)")
@@ -118,7 +118,7 @@ actor_optimizer = torch.optim.AdamW(actor_parameters, args.lr, weight_decay=0, f
 stateful = {"actor_optimizer": actor_optimizer}
 progress = {"step": 0, "episodes": 0, "joint_actions": 0, "tokens": 0, "wall_s": 0.0, "inputs/truncated": 0}
 with exit_on_error():
-    if saved := run.open({*stateful, "adapters", "rng", "generator", "progress"}):
+    if saved := run.prepare({*stateful, "adapters", "rng", "generator", "progress"}):
         for i in agents:
             lms[i].check_base(os.path.join(args.out_dir, f"agent_{i}"))
             lms[i].load_adapter_state(saved["adapters"])
@@ -161,14 +161,13 @@ def rollout(items, generator):
             continue  # not break: all ranks' generators stay in sync
         histories = [[history(task, episodes[k], i) for i in agents] for k in running]  # [episode][agent]
         prompts = [[lms[i].render(h[i], lms[i].context - args.max_new_tokens) for h in histories] for i in agents]
-        tokens, logps, responses = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i],
-                                                         args.temperature, args.top_p) for i in agents))
-        fields = prompts, tokens, logps, responses  # each [agent][episode]
-        turns = [[list(own) for own in zip(*by_agent)] for by_agent in fields]  # the fields, each [episode][agent]
+        sampled = zip(*(lms[i].generate(f"agent_{i}", prompts[i], uniforms[running, i], args.temperature, args.top_p)
+                        for i in agents))  # tokens, logps, texts, each [agent][episode]
+        prompts, tokens, logps, responses = ([list(own) for own in zip(*by_agent)] for by_agent in (prompts, *sampled))
         items_now, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
-        outcomes = task.judge_all(items_now, turns[-1], t, worlds)
-        for k, outcome, *turn in zip(running, outcomes, *turns):
-            episodes[k].turns.append(Turn(*turn, outcome))
+        outcomes = task.judge_all(items_now, responses, t, worlds)  # all of these are [episode][agent]
+        for k, *turn in zip(running, prompts, tokens, logps, responses, outcomes):
+            episodes[k].turns.append(Turn(*turn))
     return all_gather(episodes)
 
 # --- targets and advantages -------------------------------------------------------------------------------------------
@@ -239,7 +238,7 @@ def update_actors(episodes):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 def evaluate(show=False):
-    """Play every held-out item once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
+    """Play eval_items held-out items once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
     started, episodes, items = time.time(), [], task.eval_items[:args.eval_items]
     size = args.batch_size * args.ranks * (2 if lms[0].is_small else 1)  # at once; an interrupt waits for them
     eval_generator = torch.Generator().manual_seed(1234)

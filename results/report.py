@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import minecraft_sim as sim
 from tasks import TASK_OPTIONS, InputError, Task, exit_on_error, get_task, printable, read_config, write_atomic
 
 COLORS = ["#c8102e", "#1f77b4", "#2ca02c", "#9467bd", "#e07b00", "#17a2b8", "#8c564b", "#6c757d"]
@@ -110,7 +111,7 @@ def episode(task, record):
     for t, turn in enumerate(record["turns"]):
         if has_picture:
             world = task.judge(item, turn["answers"], t, world).world
-            picture = task.draw_svg(item, world)
+            picture = sim.draw_svg(task.plan(item), world)
         parts = table([], [("training reward", turn["reward"]), *turn["parts"].items()])
         html += f'<div class="row turn"><div><h4>turn {t}</h4>{picture}{parts}</div>'
         for agent, (told, answer) in enumerate(zip(turn["told"], turn["answers"])):

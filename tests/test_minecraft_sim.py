@@ -204,7 +204,7 @@ def test_pictures():
             ("housebuild", house, {(0, -60, 0): "planks", (1, -59, 0): "planks"}, 2, 2, 1, ["P.  .p"])]:
         task = get_task(name)
         assert task.draw(item, world).split("\n")[:len(rows)] == rows
-        svg = task.draw_svg(item, world)  # with red edges where a block is wrong
+        svg = sim.draw_svg(task.plan(item), world)  # with red edges where a block is wrong
         assert [svg.count(mark) for mark in ('class="cube"', 'class="missing"', "#e02020")] == [cubes, missing, wrong]
 
 

@@ -240,7 +240,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, lines, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"num_turns": 0}, {"num_agents": 3}, {"num_agents": 0}, {"feedback": "praise"}, {"data": "hub"}])
+@pytest.mark.parametrize("options", [{"num_agents": 3}, {"num_agents": 0}, {"feedback": "praise"}, {"data": "hub"}])
 def test_options_that_make_no_sense(options):
     with pytest.raises(ValueError, match=str(*options.values())):
         get_task("strbuild", **options)

@@ -578,7 +578,7 @@ def test_playing_what_cannot_be_played(place, whole, copy_of, monkeypatch, capfd
     folder = copy_of()
     shutil.rmtree(folder / "agent_1")
     for arguments, message in [(["nowhere"], "nowhere is not a run folder"), ([place.tiny], "is not a run folder"),
-                               ([whole("train_cc.py"), "--string", "D?G"], "not 'D?G'"), ([folder, "--device", "cuda:99"], "cuda:99"),
+                               ([whole("train_cc.py"), "--string", "D?G"], "not 'D?G'"), ([folder, "--string", "{D"], "no item of strbuild: Expecting"), ([folder, "--device", "cuda:99"], "cuda:99"),
                                ([folder, "--agent", 1], f"{folder}/agent_1 is no adapter of out/tiny-strbuild")]:
         monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
