@@ -772,8 +772,8 @@ def sandbox(source=inspect.getsource(work)):
         with contextlib.suppress(OSError):  # there is no such program
             ran = subprocess.run([*start, *python], input="'import math'\n", text=True, capture_output=True, env={})
             if ran.stderr == "None\n":
-                start[:1] == bwrap[:1] or print("No working bubblewrap (apt-get install bubblewrap): models' code can use "
-                                                "your network, files and processes.")
+                if start[:1] != bwrap[:1]:
+                    print("No working bubblewrap (apt-get install it): models' code can use network, files and processes.")
                 return [*start, *python]
     raise InputError(f"nobody may not read {python[0]}: apt-get install bubblewrap, or chmod a+x the folders above.")
 
