@@ -773,7 +773,7 @@ def sandbox(source=inspect.getsource(work)):
             ran = subprocess.run([*start, *python], input="'import math'\n", text=True, capture_output=True, env={})
             if ran.stderr == "None\n":
                 if start[:1] != bwrap[:1]:
-                    print("No working bubblewrap (apt-get install it): models' code can use network, files and processes.")
+                    print("No working bubblewrap (apt-get install it): models' code can use your network and files.")
                 return [*start, *python]
     raise InputError(f"nobody may not read {python[0]}: apt-get install bubblewrap, or chmod a+x the folders above.")
 
