@@ -116,8 +116,8 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
             conversations = []
             for _ in range(task.base_batch * 16):
                 ids, is_target = [], []  # 1 = in the loss: answers and the feedback on them
-                for n, message in enumerate((
-                        task.exercise if step < warm_up or rng.random() < 0.25 else task.demonstration)(rng)):
+                talk = task.exercise if step < warm_up or rng.random() < 0.25 else task.demonstration
+                for n, message in enumerate(talk(rng)):
                     text = encoding.encode_ordinary(message["content"]) + [end]
                     ids += [user if message["role"] == "user" else assistant] + text
                     is_target += [0] + [int(n > 0)] * len(text)  # the item itself is random: nothing to learn there
@@ -156,7 +156,7 @@ def save_folder(folder, save):
         for killed in Path(folder).glob(".saving-*"):
             shutil.rmtree(killed)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as build:
-            save(build)
+            save(build)  # some save into a folder of their own in it, such as PEFT
             files = [path for path in Path(build).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
                 write_atomic(Path(folder, path.name), lambda part: shutil.copyfile(path, part))  # as the umask says
@@ -297,14 +297,14 @@ def sample(logits, uniforms, temperature, top_p):
 def packed_attention(module, query, key, value, attention_mask, packed=None, sliding_window=None, **options):
     """transformers' SDPA; of a packed row (LanguageModel.pack) each sequence attends to its own path alone.
 
-    query: (1, heads, T, D); packed: for each sequence how many of its tokens are new, and its path (K,).
+    query: (1, heads, T, D); packed: for each sequence how many of its tokens are new, and the indices of all.
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    outputs, module.windowed = [], sliding_window is not None
+    outputs, module.windowed = [], sliding_window is not None  # windowed: for LanguageModel.check
     for own, path in packed:
         offset, mask = len(path) - own, None  # without a mask, SDPA is causal
-        if offset or sliding_window and sliding_window < len(path):
+        if offset or (sliding_window and sliding_window < len(path)):
             mask = path.new_ones(1, 1, own, len(path), dtype=torch.bool).tril(offset)  # 1 = visible
             mask = mask.triu(offset + 1 - sliding_window) if sliding_window else mask
         q, k, v = query[:, :, path[offset:]], key[:, :, path], value[:, :, path]
@@ -338,11 +338,11 @@ class LanguageModel:
         rope = getattr(config, "rope_parameters", None) or {}  # longrope: cached keys are wrong beyond the original
         self.context = (rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
                         ) or getattr(config, "max_position_embeddings", None) or 10 ** 9
-        self.is_small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7
+        self.is_small = sum(p.numel() for p in self.causal_lm.parameters()) < 2e7  # as the tiny bases
         probe = torch.cat([p.flatten()[:64] for p in self.causal_lm.parameters()])
         self.fingerprint = zlib.crc32(probe.bfloat16().cpu().view(torch.int16).numpy().tobytes())
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        self.special_texts = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.special_texts = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "$.")
         new_name = "cache" in inspect.signature(self.causal_lm.forward).parameters  # since transformers 5.24
         self.cache_argument = "cache" if new_name else "past_key_values"
         if gradient_checkpointing:
@@ -423,7 +423,7 @@ class LanguageModel:
     def merged(self, name):
         """Use this adapter for sampling; it is added to a copy of the weights of a small base (1.3 times faster)."""
         self.peft.set_adapter(name)
-        layers = [module for module in self.causal_lm.modules() if isinstance(module, LoraLayer)] * self.is_small
+        layers = [module for module in self.causal_lm.modules() if self.is_small and isinstance(module, LoraLayer)]
         weights = {layer: layer.get_base_layer().weight.data for layer in layers}
         try:
             for layer in layers:
@@ -448,7 +448,7 @@ class LanguageModel:
         length = -(-(P + new) // 128) * 128  # of a static cache: rounded up, so that few are compiled for
         cache = StaticCache(config=config, max_cache_len=length) if static else DynamicCache(config=config)
         ids, mask = (pad_sequence([torch.tensor(row) for row in rows], True, 0, "left").to(self.device) for rows in (
-            distinct, [[1] * (length - P + len(prompt)) for prompt in distinct]))  # (distinct, P or length)
+            distinct, [[1] * (length - P + len(prompt)) for prompt in distinct]))  # mask: 1 for tokens to come, too
         position = (mask[:, :P].cumsum(1) - 1).clamp(min=0)
         plain = self.is_small and not static and not getattr(config.get_text_config(), "sliding_window", None)
         uniforms, running = uniforms.to(self.device), list(range(len(prompts)))
@@ -496,7 +496,7 @@ class LanguageModel:
             packed += [(own, tensor(path))] if own else []
         wanted = [token for b, start in enumerate(first) for token in paths[b][start:]]
         return {"input_ids": tensor([ids]), "position_ids": tensor([position]), "packed": packed, "use_cache": False,
-                "attention_mask": torch.zeros(1, 1, 1, 1)}, tensor(wanted)  # of 4 dimensions: transformers makes none
+                "attention_mask": torch.zeros(1, 1, 1, 1)}, tensor(wanted)  # 4 dimensions: transformers makes no mask
 
     def hidden(self, name, sequences, first):
         """Last-layer hidden states (N, C) of B token-id lists, from position first[b] to the end of each."""

@@ -95,7 +95,7 @@ with exit_on_error():
     parser.set_defaults(out_dir=args.out_dir or f"out/{ALGORITHM}-{args.task}")
     if args.eval_only:  # acts as in training, unless other settings are given
         parser.set_defaults(**eval_defaults(parser.get_default("out_dir")))
-    args = parser.parse_args()
+    args = parser.parse_args()  # again, with these defaults
     rank, args.ranks, args.device = init_distributed(args.device)
     task = get_task(args.task, **{name: getattr(args, name) for name in TASK_OPTIONS})
     vars(args).update({name: value for name, value in task.settings().items() if vars(args).get(name, "") is None})
@@ -104,7 +104,7 @@ with exit_on_error():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     lms = load_models(args.model, task, args.max_new_tokens, args.device, args.lora_rank, args.gradient_checkpointing,
                       args.compile, args.dtype)  # one per agent; builds the tiny base if missing
-torch.manual_seed(args.seed)
+torch.manual_seed(args.seed)  # draws the adapters' weights
 rng = random.Random(args.seed)  # draws items and minibatches
 generator = torch.Generator().manual_seed(args.seed)  # draws tokens
 
@@ -201,7 +201,7 @@ def td_targets(rewards, values):
 def set_targets(episodes, returns):
     """Steps 2 to 4 of the header: V of every history, once, its target and its advantage, constants from here on."""
     for c, critic in enumerate(critics):
-        critic.set_scale(returns)
+        critic.set_scale(returns)  # returns give V its scale, nothing else
         critic.set_values(episodes, c, args.micro_batch)
         for e in episodes:
             targets, advantages = td_targets(e.rewards, [turn.values[c] for turn in e.turns])
@@ -216,9 +216,9 @@ def set_advantages(episodes):
     set_targets(episodes, returns)
     raw = torch.tensor([[turn.advantages[c] for c in critic_of] for turn in turns])  # (turns, agents)
     raw -= raw.mean()
-    scaled = raw / (raw.square().mean().sqrt() + 1e-6) * returns_differ(returns)
+    scaled = raw / (raw.square().mean().sqrt() + 1e-6) * returns_differ(returns)  # all 0 if none does
     for turn, advantages in zip(turns, scaled.tolist()):
-        turn.advantages = advantages
+        turn.advantages = advantages  # until here of each critic, from here on of each agent
     return explained_variance_stats(returns, episodes)
 
 # --- update -----------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def update_critics(episodes):
                 loss = (((values - targets) / critic.std[turn_index]) ** 2).sum() / num_histories
                 loss.backward()
                 total += loss.item()
-            optimizer_step(critic_optimizer, critic.weights)
+            optimizer_step(critic_optimizer, critic.weights)  # the others have no gradients: AdamW skips them
             updates += 1
     return {"loss/value": sum(all_gather([total])) / updates}
 
@@ -263,7 +263,7 @@ def update_actors(episodes):
                     logp, entropy = lms[i].logprobs(f"agent_{i}", [turn.prompts[i] for turn in turns], tokens,
                                                     args.temperature)  # (N,), N tokens in all
                     old_logp = torch.tensor([x for turn in turns for x in turn.logps[i]], device=args.device)
-                    advantage = torch.tensor([turn.advantages[i] for turn, a in zip(turns, tokens) for _ in a],
+                    advantage = torch.tensor([turn.advantages[i] for turn, own in zip(turns, tokens) for _ in own],
                                              device=args.device)
                     ratio = (logp - old_logp).exp()  # importance ratio rho
                     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -279,7 +279,7 @@ def update_actors(episodes):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 def evaluate(show=False):
-    """Play eval_items held-out items once; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
+    """Play eval_items held-out items; all go to samples.jsonl, four to samples.txt; show: print the first one's end."""
     started, episodes, items = time.time(), [], task.eval_items[:args.eval_items]
     size = args.batch_size * args.ranks * (2 if lms[0].is_small else 1)  # at once; an interrupt waits for them
     eval_generator = torch.Generator().manual_seed(1234)
