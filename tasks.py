@@ -653,9 +653,9 @@ class TLDR(Writing):
 class ArXiv(Writing):
     """Background and motivation, and method and implications of a paper."""
     source, hub_sources = "abstract_text", [("OpenMLRL/arXiv_abstract", "train", "val")]
-    roles, real = ("background and motivation", "methodology and implications"), Task.real | {"max_new_tokens": 384}
-    more, distinct = (" of this paper in six sentences of about 25 words", " of this paper in eight sentences of about "
-                      "25 words, with However, Therefore, For example, In addition"), "about as many"
+    roles, real = ("background and motivation", "methodology and implications"), Task.real | {"max_new_tokens": 288}
+    more, distinct = (" of this paper in two long paragraphs, about 150 words", " of this paper in three long "
+                      "paragraphs, about 220 words, with However, Therefore, For example, In addition"), "about as many"
     levels = {"num_words": (128, 256), "length_ratio": (0.8, 1.3, 1.6, 2.0), "full_overlap": 0.23,
               "vocabulary_ratio": (0.5, 0.7, 1.3, 1.7), "transitions_in_both": True}
     steps, batch_size, lr = 32, 64, 5e-4
