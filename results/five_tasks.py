@@ -1,7 +1,7 @@
 """
 The README's scores and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
 
-    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints both
+    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints the README's scores
     python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training
 """
 import argparse
@@ -15,7 +15,7 @@ PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "coophe": 
 
 
 def table(folder):
-    """One row per task, and per method of the first table: its first and last evaluation, mean ± standard deviation."""
+    """One row per task: its first and last evaluation, mean ± standard deviation."""
     rows = ["| task | joint actions | untrained team | CoLLM-CC | reward per turn "
             "| in the paper: raw / GRPO / CoLLM-CC |", "|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():

@@ -2,7 +2,7 @@
 The paper's Table 1 with tiny bases: five tasks, an untrained team, two single agents, MAGRPO, CoLLM-DC, CoLLM-CC.
 
     python results/table1.py                      # prints the table of the runs in results/table1
-    python results/table1.py --run strbuild tldr  # makes these tasks' missing runs first, two at a time on one thread each
+    python results/table1.py --run strbuild tldr  # makes missing runs first, two at a time on one thread each
 
 Every run has the task's default settings, hence equally many episodes. It may be stopped and continued: a run that has
 ended is kept as results/table1/TASK-METHOD-seedK.jsonl, evaluations and scores of its log; others start anew.
@@ -23,9 +23,9 @@ METHODS = {"grpo": ("GRPO, one agent", "train_mc.py --num_agents 1"),
            "one": ("actor-critic, one agent", "train_cc.py --num_agents 1"), "mc": ("MAGRPO", "train_mc.py"),
            "dc": ("CoLLM-DC", "train_dc.py"), "cc": ("CoLLM-CC", "train_cc.py")}
 COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "reward per turn": ("eval/reward", 2),
-           "turns": ("eval/turns", 2), "tokens": ("tokens", 0), "slowest": ("slowest", 0), "s": ("seconds", 2), "IoU": ("eval/iou", 2),
-           "adjacency": ("eval/adjacent_same_ratio", 2), "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2),
-           "pass rate": ("eval/pass_rate", 2)}
+           "turns": ("eval/turns", 2), "tokens": ("agent_tokens", 0), "slowest": ("slowest", 0),
+           "seconds": ("seconds", 2), "IoU": ("eval/iou", 2), "adjacency": ("eval/adjacent_same_ratio", 2),
+           "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2), "pass rate": ("eval/pass_rate", 2)}
 KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
 
 
@@ -35,33 +35,37 @@ def command(task, method, seed):
             f"--out_dir out/table1/{task}-{method}-seed{seed} --overwrite").split()
 
 
-def deployed(folder):
-    """Of the last evaluation, per episode: tokens of an agent, of the agent with most, and the seconds that these take.
+def add_slowest(folder, evaluations):
+    """Add to each evaluation the tokens of the slowest agent per episode, for which the team waits.
 
-    Agents write at the same time, so the team waits for the longest answer of each turn: answers of [5, 7] and [9, 3]
-    tokens in two turns are 12 an agent, and 16 to wait for. Seconds: those, times the CPU seconds that agent 0 takes
-    for a token alone on one thread.
+    Agents write at the same time: answers of [5, 7] and [9, 3] tokens in two turns are 7 + 9 = 16 to wait for.
     """
+    from transformers import AutoTokenizer
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(f"out/tiny-{config['base']}")
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for line in evaluations:
+        episodes = [record["turns"] for record in records if record["step"] == line["step"]]
+        line["slowest"] = statistics.mean(sum(1 + max(len(tokenizer(answer).input_ids) for answer in turn["answers"])
+                                              for turn in turns) for turns in episodes)
+
+
+def token_seconds(task):
+    """CPU seconds that one agent takes for a token, alone on one thread of this machine; None without out/tiny-TASK."""
+    if not Path(f"out/tiny-{task}").exists():
+        return None
     sys.path.insert(0, str(HERE.parent))
     import torch
     from model import LanguageModel
     torch.set_num_threads(1)
-    config = json.loads((folder / "config.json").read_text())
-    lm = LanguageModel(f"out/tiny-{config['base']}", "cpu")
-    lm.add_adapter("agent", str(folder / "agent_0"))
-    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    episodes = [record["turns"] for record in records if record["step"] == config["steps"]]
-    lengths = [[[1 + len(lm.tokenizer(answer).input_ids) for answer in turn["answers"]] for turn in turns]
-               for turns in episodes]
-    slowest = statistics.mean(sum(map(max, turns)) for turns in lengths)
-    prompt, uniforms, seconds = lm.render(episodes[0][0]["told"][0]), torch.full((1, 64), 0.5), []
-    lm.ends = []  # writes on to the limit
-    for _ in range(7):
+    lm = LanguageModel(f"out/tiny-{task}", "cpu")
+    lm.add_adapter("agent")
+    lm.ends, seconds = [], []  # no end: it writes on to the limit
+    for _ in range(9):
         start = time.thread_time()
-        lm.generate("agent", [prompt], uniforms)
+        lm.generate("agent", [list(range(100))], torch.full((1, 64), 0.5))
         seconds.append((time.thread_time() - start) / 64)
-    return {"tokens": statistics.mean(sum(map(statistics.mean, turns)) for turns in lengths), "slowest": slowest,
-            "seconds": slowest * statistics.median(seconds)}
+    return statistics.median(seconds)
 
 
 def make(job):
@@ -77,37 +81,47 @@ def make(job):
         sys.exit(f"{path.stem}: {run.stderr}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
-    lines[-1] |= deployed(folder)
+    add_slowest(folder, [lines[0], lines[-1]])
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path.stem}: score {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
 
 
 def spread(numbers, digits):
-    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"."""
+    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"; "" without numbers, of older logs."""
     numbers = list(numbers)
+    if not numbers:
+        return ""
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):,.{digits}f}{deviation}"
 
 
 def table(task, folder=HERE / "table1"):
-    """The rows of one task in Markdown: its untrained team and every method that has runs."""
+    """The rows of one task in Markdown: its untrained team and every method that has runs.
+
+    tokens: of an agent in an episode; slowest: of the agent for which the others wait; seconds: what these take here.
+    """
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
+    seconds = token_seconds(task)
+    for line in [line for own in runs.values() for run in own for line in run if "eval/turns" in line]:
+        line["agent_tokens"] = line["eval/response_tokens"] * line["eval/turns"]
+        line |= {"seconds": line["slowest"] * seconds} if seconds and "slowest" in line else {}
     teams = [run[0] for method in ("mc", "dc", "cc") for run in runs[method]]
     rows = [("untrained team", teams[:1])] + [(METHODS[method][0], [run[-1] for run in own])
                                               for method, own in runs.items()]
     rows = [(name, evaluations) for name, evaluations in rows if evaluations]
-    shown = {head: column for head, column in COLUMNS.items() if rows and column[0] in rows[0][1][0]}
+    known = {key for _, evaluations in rows for line in evaluations for key in line}
+    shown = {head: column for head, column in COLUMNS.items() if column[0] in known}
     lines = [f"| {task} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
     return "\n".join(lines + [f"| {name} | {len(evaluations)} | " + " | ".join(
-        spread((line[key] for line in evaluations), digits) for key, digits in shown.values()) + " |"
+        spread((line[key] for line in evaluations if key in line), digits) for key, digits in shown.values()) + " |"
         for name, evaluations in rows]) if rows else ""
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="+", choices=TASKS, default=[], metavar="TASK", help="make missing runs of these")
+    parser.add_argument("--run", nargs="+", choices=TASKS, default=[], metavar="TASK", help="make missing runs")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of these methods")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, on one thread each (default 2)")
