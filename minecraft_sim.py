@@ -47,15 +47,15 @@ S     T     U     V     W     X     Y     Z     0     1     2     3     4     5 
 LETTERS = {GLYPHS[band + i]: GLYPHS[band + i + 18:band + 108:18] for band in (0, 108) for i in range(18)}
 
 
-def string_target(text, gap=2):
-    """The target of a string: 5 top-down rows of '#' and '.', `gap` empty columns between two letters.
+def string_target(text):
+    """The target of a string: 5 top-down rows of '#' and '.', two empty columns between two letters.
 
     string_target("IC") has 5 + 2 + 5 = 12 columns; its first row is "#####...####".
     """
     wrong = [f"character {char!r} cannot be drawn" for char in text if char.upper() not in LETTERS]
     if wrong or not text:
         raise ValueError(f"The {wrong[0] if wrong else 'string is empty'}; use letters A-Z and digits 0-9.")
-    return [("." * gap).join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
+    return ["..".join(LETTERS[char.upper()][row] for char in text) for row in range(5)]
 
 
 def target_cells(target_rows):

@@ -193,7 +193,7 @@ class Task:
     def __init__(self, num_agents=2, num_turns=None, feedback=None, data="builtin", reward="dense", world="rebuilt",
                  model="tiny"):
         self.name = self.base = type(self).__name__.lower()
-        self.is_real = model != "tiny" and not Path(model, "trained_on.txt").exists()  # it needs fuller prompts
+        self.is_real = {*model.split(",")} != {"tiny"} and not Path(model, "trained_on.txt").exists()  # fuller prompts
         self.num_agents, self.num_turns, self.sparse = num_agents, num_turns or self.turns, reward == "sparse"
         self.feedback_mode, self.persistent = feedback or self.feedback_modes[0], world == "persistent"
         for kind, choice, choices in [("num_agents", num_agents, self.agents), ("world", world, self.worlds),
@@ -270,7 +270,8 @@ class Task:
         if set(numbers) != set(known):
             raise InputError(f"task {self.name}: parts are {list(numbers)} at turn {turn} and were {known} before.")
         feedback = feedback or [f"Turn {turn + 2}. The last answers were worth {reward:.1f}."] * self.num_agents
-        feedback = [told + "\nWrite a whole new answer, a better one." * self.is_real for told in feedback]
+        again = "\nWrite a whole new answer, a better one." * (self.is_real and not self.persistent)
+        feedback = [told + again for told in feedback]
         reward = 0.0 if self.sparse and not done and turn + 1 < self.num_turns else reward
         return Outcome(reward, score, parts, done, feedback, world)
 
@@ -1132,7 +1133,7 @@ def read_config(out_dir):
 def eval_defaults(folder):
     """What --eval_only takes from a run's config.json, where there is one, unless it is given."""
     config = read_config(folder) if Path(folder, "config.json").exists() else {}
-    names = {"lora_rank", "max_new_tokens", "temperature", "top_p", *TASK_OPTIONS}
+    names = {"lora_rank", "dtype", "batch_size", "group_size", "max_new_tokens", "temperature", "top_p", *TASK_OPTIONS}
     return {name: config[name] for name in names & config.keys()}
 
 

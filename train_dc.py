@@ -175,7 +175,8 @@ def rollout(items, generator):
                         for i in agents))  # tokens, logps, texts, each [agent][episode]
         prompts, tokens, logps, responses = ([list(own) for own in zip(*by_agent)] for by_agent in (prompts, *sampled))
         items_now, worlds = zip(*((episodes[k].item, episodes[k].world) for k in running))
-        outcomes = task.judge_all(items_now, responses, t, worlds)  # all of these are [episode][agent]
+        with exit_on_error():
+            outcomes = task.judge_all(items_now, responses, t, worlds)  # all of these are [episode][agent]
         for k, h, *turn in zip(running, histories, prompts, tokens, logps, responses, outcomes):
             read = [critic.input_ids([h[i] for i in reads[c]]) for c, critic in enumerate(critics)]
             episodes[k].turns.append(Turn(*turn, read))
@@ -211,14 +212,14 @@ def set_targets(episodes, returns):
 
 
 def set_advantages(episodes):
-    """Give each agent its critic's advantages, normalised over the step; returns the explained variance, to log."""
+    """Give each agent its advantages, normalised over the step; returns the explained variance, for the log."""
     returns, turns = [e.returns(args.gamma) for e in episodes], [turn for e in episodes for turn in e.turns]
     set_targets(episodes, returns)
     raw = torch.tensor([[turn.advantages[c] for c in critic_of] for turn in turns])  # (turns, agents)
     raw -= raw.mean()
     scaled = raw / (raw.square().mean().sqrt() + 1e-6) * returns_differ(returns)  # all 0 if none does
     for turn, advantages in zip(turns, scaled.tolist()):
-        turn.advantages = advantages  # until here of each critic, from here on of each agent
+        turn.advantages = advantages  # from here on one for each agent
     return explained_variance_stats(returns, episodes)
 
 # --- update -----------------------------------------------------------------------------------------------------------

@@ -480,7 +480,7 @@ def test_overwriting_takes_only_what_a_run_wrote(inside, copy_of, whole):
 
 def test_what_may_differ_between_a_run_and_its_continuation(tmp_path):
     keys = ["algorithm", "task", "world", "num_agents", "lora_rank", "seed", "lr", "lam", "items", "steps", "micro_batch", "model"]
-    same = dict.fromkeys(keys, 1) | dict(batch_size=2, group_size=1, ranks=1, wandb=False, out_dir=str(tmp_path), overwrite=False)
+    same = dict.fromkeys(keys, 1) | dict(batch_size=2, group_size=1, ranks=1, out_dir=str(tmp_path), overwrite=False)
     (tmp_path / "config.json").write_text(json.dumps(same))
     refused = {"resume": [], "eval_only": []}
     for flag in refused:
