@@ -14,6 +14,7 @@ import argparse
 import atexit
 import collections
 import contextlib
+import fcntl
 import functools
 import inspect
 import itertools
@@ -91,8 +92,7 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
 
     GPT-NeoX with weights of standard deviation width^-1/2: with the usual 0.02 its attention stays uniform for long.
     """
-    os.makedirs(folder, exist_ok=True)  # fails now, not after minutes of training
-    threads = torch.get_num_threads()
+    threads, pool = torch.get_num_threads(), []
     torch.set_num_threads(1)  # the same base for any number of threads, and as fast
     warm_up = (steps := steps or task.base_steps) * 2 // 7  # learning-rate warm-up, on exercises only
     rng = random.Random(seed)
@@ -108,7 +108,6 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
         tie_word_embeddings=True, initializer_range=width ** -0.5, bos_token_id=None, eos_token_id=end,
         pad_token_id=pad, rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    pool = []
     for step in tqdm(range(steps), f"building {folder}", unit="step", dynamic_ncols=True, disable=None):
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, warm_up), cosine)
@@ -157,9 +156,8 @@ def save_folder(folder, save):
             shutil.rmtree(killed)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as build:
             save(build)  # some save into a folder of their own in it, such as PEFT
-            files = [path for path in Path(build).rglob("*") if path.is_file()]
-            for path in sorted(files, key=lambda path: path.name):  # trained_on.txt, which completes a base, is last
-                write_atomic(Path(folder, path.name), lambda part: shutil.copyfile(path, part))  # as the umask says
+            for path in sorted(filter(Path.is_file, Path(build).rglob("*")), key=lambda path: path.name):
+                write_atomic(Path(folder, path.name), lambda part: shutil.copyfile(path, part))  # trained_on.txt last
     except Exception as error:  # a full disk: safetensors has an exception of its own
         raise OSError(f"{folder} cannot be written: {first_line(error)}") from None
 
@@ -209,10 +207,12 @@ def load_models(names, task, max_new_tokens, *options):
     """
     folders, tiny = model_folders(names, task.num_agents, task.base), os.path.join("out", f"tiny-{task.base}")
     if tiny in folders and (not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"):
-        path = Path(tiny, "trained_on.txt")
-        if not path.exists() or path.read_text() != training_checksum(task):
-            print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew" if path.exists() else
-                  f"{tiny} is built first, in about three minutes")
+        os.makedirs(tiny, exist_ok=True)
+        lock = open(os.open(path := Path(tiny, "trained_on.txt"), os.O_CREAT, 0o666))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs one builds, the others wait; until this function ends
+        if (trained_on := path.read_text()) != training_checksum(task):
+            print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew" if trained_on else
+                  f"{tiny} is built first, in one to three minutes")
             build_tiny(task, tiny)
     all_gather([])  # barrier: the other ranks wait for the build
     bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}

@@ -127,8 +127,8 @@ def first_item(config, records):
     options = {name: config[name] for name in TASK_OPTIONS if name in config} | {"data": "builtin"}  # no file is needed
     task, first = get_task(config["task"], **options), records[0]
     later = [record for record in records if record["item"] == first["item"] and record["step"] > first["step"]]
-    return [(f"step {text(record['step'])}: score {text(record['score'])}", *episode(task, record))
-            for record in [first, *later[-1:]]]
+    return [(f"step {text(record['step'])}: score {text(record['score'])} after {len(record['turns'])} turns",
+             *episode(task, record)) for record in [first, *later[-1:]]]
 
 
 def before_and_after(config, records):
@@ -175,7 +175,7 @@ def page(runs):
 <p class="note">Scores of each step's training episodes (line) and of all held-out items (large dots; table).</p>
 {table(["", *columns], scores)}
 <h2>The first held-out item of {text(runs[0])}</h2>
-<p class="note">Step 0 is the untrained team; click on what an agent is told to unfold its prompt.</p>
+<p class="note">One item may fare otherwise than all. Step 0 is the untrained team; click on what an agent is told to unfold its prompt.</p>
 {episodes}
 <h2>Settings</h2>
 <div style="columns: {3 if len(runs) == 1 else 1}">{table(["", *runs], settings, mark=True)}</div></html>

@@ -1,9 +1,11 @@
 """The language model and the critic: every number is computed a second time, by plain transformers and PEFT or by hand."""
 import ast
+import fcntl
 import json
 import os
 import random
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -462,13 +464,25 @@ def test_tiny_is_built_once_and_anew_when_the_demonstrations_have_changed(tmp_pa
     task, weights = get_task("strbuild"), []
     monkeypatch.chdir(tmp_path)
     task.base_steps, task.base_batch = 2, 1
-    for pattern, says in ((task.pattern, "out/tiny-strbuild is built first, in about three minutes\n"), (task.pattern, ""), (
+    for pattern, says in ((task.pattern, "out/tiny-strbuild is built first, in one to three minutes\n"), (task.pattern, ""), (
             r"\w+|\s|[^\s\w]", "out/tiny-strbuild was trained on other demonstrations of strbuild: it is built anew\n")):
         task.pattern = pattern
         load_models("tiny", task, 24)
         assert capsys.readouterr().out == says
         weights.append(Path("out/tiny-strbuild/model.safetensors").stat().st_mtime_ns)
     assert weights[0] == weights[1] != weights[2]  # the same file; another one
+    path = Path("out/tiny-strbuild/trained_on.txt")
+    checksum = path.read_text()
+    path.write_text("")  # another run has just begun to build it
+    with path.open() as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(load_models, "tiny", task, 24)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.5)
+        Path("new").write_text(checksum)
+        os.replace("new", path)  # as save_folder does
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    assert capsys.readouterr().out == "" and waiting.result()[0].folder == "out/tiny-strbuild"
     build_tiny(task, "again")
     assert Path("again/model.safetensors").read_bytes() == Path("out/tiny-strbuild/model.safetensors").read_bytes()
 
@@ -500,7 +514,7 @@ def test_baselines_by_hand(kind, expected):
     returns = [[1], [2], [6, 5], [7], [7], [7]]
     args = Namespace(group_size=3, num_turns=2, baseline=kind)
     function_of("train_mc.py", "set_targets", args=args, mean=mean)(episodes, returns)
-    assert [e.turns[0].targets for e in episodes] == [[ret[0]] for ret in returns]
+    assert all(e.turns[0].advantages == [ret[0] - e.turns[0].values[0]] for e, ret in zip(episodes, returns))
     assert [e.turns[0].values[0] for e in episodes] == pytest.approx(expected + [7 * (kind != "none")] * 3)
     assert episodes[2].turns[1].values == [5 * (kind != "none")]  # alone at that turn
 
