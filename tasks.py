@@ -715,7 +715,6 @@ def work():
     kinds |= dict.fromkeys([list, tuple, set, frozenset, bytes], list) | {bool: "1".__mul__}  # bool("") is False
     kinds |= {e: lambda e: str(e)[:999] for e in vars(builtins).values() if BaseException in getattr(e, "__mro__", ())}
     names = {kind.__name__: kind for kind in kinds}
-
     def pack(value):  # (1, "a") becomes ("tuple", [("int", "1"), ("str", "a")])
         kind = next(filter(kinds.get, type(value).__mro__), None)
         parts = kinds[kind](value) if kind else value
@@ -730,7 +729,6 @@ def work():
         if isinstance(result, BaseException):
             raise result
         return result
-
     requests, replies, sys.stdin, sys.stderr = sys.stdin, sys.stderr, None, sys.stdout  # prints go nowhere
     if len(sys.argv) > 1:  # pipes to and from an answer: this is its judge
         import ast, signal, time
@@ -760,12 +758,11 @@ def work():
 @functools.cache
 def sandbox(source=inspect.getsource(work)):
     """The command that runs work: in bubblewrap, or without where that does not work, after one printed line."""
-    python = [os.path.realpath(sys._base_executable), "-ISWignore", "-c", source + "work()"]
+    python = [exe := os.path.realpath(sys._base_executable), "-ISWignore", "-c", source + "work()"]
     own = [shutil.which("unshare") or "", "--user"] * (os.geteuid() > 0)  # a user namespace: it traces nobody outside
     bwrap = [shutil.which("bwrap") or "", *"""--die-with-parent --new-session --unshare-ipc --unshare-net --unshare-pid
         --unshare-uts --unshare-cgroup-try --size 16777216 --tmpfs /tmp --chdir /tmp""".split()]
-    for path in ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python[0],
-                 *own[:1]]:
+    for path in [*"/lib /lib64 /usr/lib /usr/lib64 /etc/ld.so.cache".split(), f"{sys.base_prefix}/lib", exe, *own[:1]]:
         bwrap += ["--dir", os.path.dirname(path), "--ro-bind-try", path, path]
     for path in filter(os.path.isdir, site.getsitepackages([sys.base_prefix])):  # packages may hold data sets
         bwrap += ["--size", "4096", "--tmpfs", path]
@@ -776,7 +773,7 @@ def sandbox(source=inspect.getsource(work)):
                 if start[:1] != bwrap[:1]:
                     print("No working bubblewrap (apt-get install it): models' code can use your network and files.")
                 return [*start, *python]
-    raise InputError(f"nobody may not read {python[0]}: apt-get install bubblewrap, or chmod a+x the folders above.")
+    raise InputError(f"nobody may not read {exe}: apt-get install bubblewrap, or chmod a+x the folders above.")
 
 
 def run_tests(jobs):
@@ -796,7 +793,6 @@ def run_tests(jobs):
                     os.killpg(answer.pid, signal.SIGKILL)
             verdicts += "".join("01"[line == "None"] for line in lines) + "0" * (len(tests) if judge.returncode else 1)
         return verdicts[:len(tests)]
-
     return list(ThreadPoolExecutor(os.cpu_count()).map(run_pair, jobs))
 
 
