@@ -87,7 +87,7 @@ def bpe_tokenizer(ranks, pattern, special, **options):
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), **options)
 
 
-def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, seed=0):
+def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5):
     """Train the tiny base on task.demonstration and save it as an ordinary model folder; returns the folder.
 
     GPT-NeoX with weights of standard deviation width^-1/2: with the usual 0.02 its attention stays uniform for long.
@@ -95,8 +95,8 @@ def build_tiny(task, folder, steps=None, lr=2e-3, width=160, layers=3, heads=5, 
     threads, pool = torch.get_num_threads(), []
     torch.set_num_threads(1)  # the same base for any number of threads, and as fast
     warm_up = (steps := steps or task.base_steps) * 2 // 7  # learning-rate warm-up, on exercises only
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+    rng = random.Random(0)
+    torch.manual_seed(0)
     texts = [message["content"] for _ in range(1500) for message in task.demonstration(rng) + task.exercise(rng)]
     ranks = train_bpe(texts, task.pattern)
     encoding = tiktoken.Encoding("tiny", pat_str=task.pattern, mergeable_ranks=ranks,

@@ -76,7 +76,7 @@ class Turn:
     outcome: Outcome
     critic_inputs: list = field(default_factory=list)  # one entry per critic: token ids of the history it reads
     values: list = field(default_factory=list)   # one per critic: V(h_t) before it learns from this step, and the
-    targets: list = field(default_factory=list)  # value target; both set in training
+    targets: list = field(default_factory=list)  # value target, if it has any; both set in training
     advantages: list = field(default_factory=list)  # one per critic, then one per agent, normalised over the step
 
 

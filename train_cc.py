@@ -15,7 +15,7 @@ clipped updates per batch instead of one; linear decay of the actors' learning r
 advantages normalised over the whole step; temperature 1; a step whose returns are all equal leaves the actors alone;
 one output of V per turn t, in units of std_t, the running standard deviation of returns (PopArt).
 
-    python train_cc.py --task strbuild       # 5 to 8 minutes on 2 CPU cores, score 45 -> 98; no download
+    python train_cc.py --task strbuild       # 5 to 8 minutes on 2 CPU cores, no download
     ... --model Qwen/Qwen3-4B-Instruct-2507 --max_new_tokens 512 ...          # the same on one GPU: see README
     torchrun --nproc_per_node=2 ... --threads 1   # on two processes or GPUs, with twice the episodes per step
     python model.py out/cc-strbuild          # run the trained team

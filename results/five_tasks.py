@@ -1,7 +1,7 @@
 """
 The README's scores and results/EPISODES.md, from runs of `python train_cc.py --task T --seed K`.
 
-    python results/five_tasks.py                             # reads results/tasks/T-seedK.jsonl, prints the README's scores
+    python results/five_tasks.py                             # the README's scores, from results/tasks/T-seedK.jsonl
     python results/five_tasks.py out/cc-tldr out/cc-arxiv    # prints an episode of each before and after training
 """
 import argparse

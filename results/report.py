@@ -175,7 +175,8 @@ def page(runs):
 <p class="note">Scores of each step's training episodes (line) and of all held-out items (large dots; table).</p>
 {table(["", *columns], scores)}
 <h2>The first held-out item of {text(runs[0])}</h2>
-<p class="note">One item may fare otherwise than all. Step 0 is the untrained team; click on what an agent is told to unfold its prompt.</p>
+<p class="note">One item may fare otherwise than the mean of all. Step 0 is the untrained team; click on what an agent
+is told to unfold its prompt.</p>
 {episodes}
 <h2>Settings</h2>
 <div style="columns: {3 if len(runs) == 1 else 1}">{table(["", *runs], settings, mark=True)}</div></html>

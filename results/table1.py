@@ -38,7 +38,8 @@ def command(task, method, seed):
 def add_slowest(folder, evaluations):
     """Add to each evaluation the tokens of the slowest agent per episode, for which the team waits.
 
-    Agents write at the same time: answers of [5, 7] and [9, 3] tokens in two turns are 7 + 9 = 16 to wait for.
+    Agents write at the same time: answers of [5, 7] and [9, 3] tokens in two turns are 7 + 9 = 16 to wait for. Every
+    answer counts with an end token, also one that was cut.
     """
     from transformers import AutoTokenizer
     config = json.loads((folder / "config.json").read_text())

@@ -54,7 +54,7 @@ ATTACKS_ON_BUBBLEWRAP = {
     "remount as root of a new namespace": C + "libc.unshare(0x10020000)\nlibc.mount(None, b'/', None, 32 | 4096, None)\nopen('/x', 'w')",
     "shared memory": C + "new = libc.shmget(77, 9, 0o1666)\nassert libc.shmget(77, 9, 0o3666) < 0 and n > 5", "read the tests": f"open({__file__!r}).read()",
     "write in Python's folder": "import os\nopen(os.path.dirname(os.__file__) + '/x', 'w')", "parent": "import os\nos.kill(os.getppid(), 9)\nos._exit(0)",
-    "trace": C + "assert 0 in [libc.ptrace(16, pid, 0, 0) for pid in (1, os.getppid())]", "leave a file": "import os\nassert os.path.exists('/tmp/left')\n",
+    "trace": C + "assert 0 in [libc.ptrace(16, pid, 0, 0) for pid in (1, os.getppid())]", "leave a file": "import os\nif not os.path.exists('left'): open('left', 'w'), os._exit(0)",
     "unix socket": "import socket\nsocket.socket(socket.AF_UNIX).connect('FOLDER/socket')", "read the repository": f"open({tasks.__file__!r}).read()",
     "its own limits in /proc": "open('/proc/self/oom_score_adj', 'w').write('-1000')", "list home": f"import os\nassert os.listdir({str(Path.home())!r})[3:]",
     "internet": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)", "remount": C + "assert libc.mount(None, b'/', None, 32 | 4096, None) == 0",
