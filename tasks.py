@@ -317,9 +317,11 @@ class StrBuild(Task):
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
-        if self.persistent:  # three turns' commands fill no built-in string; conversations are shorter
-            self.base, self.base_batch, self.base_steps = "strbuild-persistent", 14, 1400
-            self.max_commands, self.max_new_tokens = 14, 40
+        if self.persistent:  # a string has a letter per turn, of which one turn less has no room for
+            if not 2 <= self.num_turns <= 8:
+                raise InputError(f"a persistent world takes 2 to 8 turns, not {self.num_turns}.")
+            self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
+            self.fixed_items = [item for item in self.fixed_items if len(item["string"]) == self.num_turns]
         self.palettes = sim.PALETTES if self.num_agents == 2 else [sum(sim.PALETTES, [])]  # one agent has all of them
 
     def check(self, record):
@@ -329,16 +331,16 @@ class StrBuild(Task):
         return {"string": string.upper()}
 
     def random_item(self, rng):
-        length = 4 if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])
+        length = self.num_turns if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])
         string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(length))
-        too_small = self.persistent and len(sim.target_cells(sim.string_target(string))) <= 3 * self.max_commands
-        return self.random_item(rng) if too_small else {"string": string}
+        least = (length - 1) * self.max_commands if self.persistent else 0
+        return {"string": string} if len(sim.target_cells(sim.string_target(string))) > least else self.random_item(rng)
 
     def key(self, item):
         return item["string"]
 
     def is_held_out(self, item):
-        return item in self.fixed_items or len(item["string"]) > 1 and super().is_held_out(item)
+        return item in StrBuild.fixed_items or len(item["string"]) > 1 and super().is_held_out(item)
 
     def instructions(self, agent):
         stay = (f"Blocks stay from turn to turn; a turn has room for {self.max_commands // self.num_agents} of your "
@@ -377,14 +379,19 @@ class StrBuild(Task):
     letter_habits_persistent = {"none": 4, "turn": 2, "any": 4}  # no letter, turn t's, any
     block_habits_persistent = {"one": 3, "random": 4, "checker": 2}
 
+    def with_turns(self, rng):
+        """This task with as many turns as a conversation is about, so that one base serves all of them."""
+        task = copy.copy(self)
+        task.num_turns = rng.randint(2, 8) if self.persistent else self.turns
+        return task
+
     def demonstration(self, rng):
         """A conversation with two answers; the tiny base learns all of its messages but the first."""
-        item, team = self.random_training_item(rng), copy.copy(self)
-        team.num_turns = self.turns  # one base serves all options
-        team.num_agents = rng.choice([2, 2, 1])  # alone in a third of all demonstrations
+        team = self.with_turns(rng)
+        item, team.num_agents = team.random_training_item(rng), rng.choice([2, 2, 1])  # alone in a third of them
         team.setup()
         agent, team.feedback_mode = rng.randrange(team.num_agents), rng.choices(self.feedback_modes, [8, 1, 1])[0]
-        num_judged = rng.randint(1, 3) if self.persistent else 1
+        num_judged = rng.randint(1, team.num_turns - 1) if self.persistent else 1
         answers = [team.expert(item, agent, rng, turn) for turn in range(num_judged + 1)]
         first_turn, world = 0 if self.persistent else rng.randrange(3), None
         for turn, answer in enumerate(answers[:num_judged], first_turn):
@@ -396,7 +403,7 @@ class StrBuild(Task):
         """A conversation in which the string is only spelled, twice."""
         # else only one token in some thirty looks up which letter has a given number, and the tiny base would know all
         # shapes long before it stops guessing letters
-        string = self.random_training_item(rng)["string"]
+        string = self.with_turns(rng).random_training_item(rng)["string"]
         answer = sim.letters_text(string, end="\n")
         return chat_messages(f"Spell{sim.letters_text(string)}.", answer, "Again.", answer)
 

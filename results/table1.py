@@ -35,6 +35,16 @@ def command(task, method, seed):
             f"--out_dir out/table1/{task}-{method}-seed{seed} --overwrite").split()
 
 
+def train(arguments):
+    """Run the train script arguments[0] on one thread; returns its output folder and its log's lines."""
+    folder = Path(arguments[arguments.index("--out_dir") + 1])
+    run = subprocess.run([sys.executable, HERE.parent / arguments[0], *arguments[1:]], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if run.returncode:
+        sys.exit(f"{folder}: {run.stderr}")
+    return folder, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def add_slowest(folder, evaluations):
     """Add to each evaluation the tokens of the slowest agent per episode, for which the team waits.
 
@@ -74,13 +84,7 @@ def make(job):
     path = HERE / "table1" / "{}-{}-seed{}.jsonl".format(*job)
     if path.exists():
         return
-    script, *arguments = command(*job)
-    folder = Path(arguments[arguments.index("--out_dir") + 1])
-    run = subprocess.run([sys.executable, HERE.parent / script, *arguments], stdout=subprocess.DEVNULL,
-                         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if run.returncode:
-        sys.exit(f"{path.stem}: {run.stderr}")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    folder, lines = train(command(*job))
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
     add_slowest(folder, [lines[0], lines[-1]])
     path.parent.mkdir(exist_ok=True)

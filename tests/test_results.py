@@ -1,7 +1,7 @@
-"""The arithmetic of the comparison; that the benchmark runs; that README's links point at the lines that they name."""
+"""The arithmetic of the curve; that the benchmark runs; that README's links point at the lines that they name."""
+import itertools
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +13,49 @@ from model import LanguageModel
 from tasks import Episode, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
-compare = runpy.run_path(str(ROOT / "results" / "compare.py"))
+sys.path.append(str(ROOT / "results"))
+import curve  # noqa: E402
+import five_tasks  # noqa: E402
+import scaling  # noqa: E402
 
 
-def test_permutation_test_and_holm_by_hand():
-    p = compare["permutation_p"]
-    assert p([1, 2], [3, 4]) == pytest.approx(2 / 6)  # the example in its docstring
-    assert p([1, 2, 3, 4, 5], [11, 12, 13, 14, 15]) == pytest.approx(2 / 252)
-    assert p([1, 4], [2, 3]) == 1 and p([1, 1], [1, 1]) == 1
-    assert p([1], [2, 3]) == pytest.approx(2 / 3)  # 1 and 3 differ by 1.5 from the mean of the others
-    assert compare["holm"]({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert compare["holm"]({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+def test_numbers_of_the_curve_by_hand():
+    p, effect, holm, until = (getattr(curve, name) for name in ("permutation_p", "effect", "holm", "joint_actions_to"))
+    assert p([([1, 2], [3, 4])]) == pytest.approx(2 / 6)  # the examples in the docstrings
+    assert effect([([1, 2], [3, 4])]) == (-2, pytest.approx(-2 / 0.5 ** 0.5))
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    record = {"score": [40, 50, 60, 70], "joint_actions": [64, 128, 192, 256]}
+    assert (until(50, record), until(60, record), until(61, record)) == (192, 256, float("inf"))
+    assert p([([1, 2, 3, 4, 5], [11, 12, 13, 14, 15])]) == pytest.approx(2 / 252)
+    assert p([([1, 4], [2, 3])]) == 1 and p([([1, 1], [1, 1])]) == 1
+    # two blocks of 6 ways: -2, -1, 0, 0, 1, 2 and ten times these; -22 is measured, and 2 of 36 sums are as large
+    assert p([([1, 2], [3, 4]), ([10, 20], [30, 40])]) == pytest.approx(2 / 36)
+    assert p([([1, 2], [3, 4])] * 4) == pytest.approx(2 / 6 ** 4, rel=0.2)  # drawn
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_the_tables_read_first_and_last_evaluations(tmp_path, capsys):
+def test_the_tables_of_the_curve_and_of_the_five_tasks(tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
-    for method, scores in [("cc", (60, 80)), ("dc", (50, 52))]:
-        for seed, score in enumerate(scores):
-            lines = [{"eval/score": 10, "eval/reward": -2, "joint_actions": 0}, {"train/score": score / 2},
-                     {"eval/score": score, "eval/reward": -1, "joint_actions": 640}]
-            for path in (tmp_path / f"one-{method}-seed{seed}.jsonl", tmp_path / "tasks" / f"tldr-seed{seed}.jsonl"):  # dc's is the last
-                path.write_text("".join(json.dumps(line | {"value/explained_variance_by_turn": [0.5]}) + "\n" for line in lines))
-    five = runpy.run_path(str(ROOT / "results" / "five_tasks.py"))
-    assert "| `tldr` | 640 | 10.0 | 51.0 ± 1.4 | -1.00 ± 0.00 |" in five["table"](str(tmp_path / "tasks"))
-    compare["table"](compare["read"](str(tmp_path)))
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| CoLLM")]
-    assert rows[0] == "| CoLLM-CC | 10.0 | 70.0 ± 14.1 |  | -1.00 ± 0.00 | 35.0 ± 7.1 |  |"
-    assert rows[1] == "| CoLLM-DC | 10.0 | 51.0 ± 1.4 | 0.33 | -1.00 ± 0.00 | 25.5 ± 0.7 | 0.33 |"
+    with open(tmp_path / "curve.jsonl", "w") as file:
+        for method, turns, seed in itertools.product(("cc", "dc"), (1, 2), (0, 1)):
+            trained = {"cc": 70, "dc": 50}[method] + 10 * seed
+            file.write(json.dumps({"run": ["rebuilt", "dense", turns, method, seed], "joint_actions": [64, 128, 192],
+                                   "score": [trained - 5] * 3, "explained": [0.5] * turns, "raw": 10,
+                                   "trained": trained, "built": trained / 50}) + "\n")
+    runs = curve.read(tmp_path / "curve.jsonl")
+    curve.print_settings(runs)
+    curve.print_tests(runs)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "| 1 turn," in line or "| short" in line]
+    cells = ["10.0 | 75.0 ± 7.1 |  | 55.0 ± 7.1", " | 1.50 ± 0.14 |  | 1.10 ± 0.14", " | 192, never |  | never, never"]
+    assert rows[:3] == [f"| 1 turn, dense, rebuilt | 2 | {cell} |  |  |  |  |" for cell in cells]
+    # of 36 ways two differ as much
+    assert rows[4] == "| short and dense | CoLLM-CC − CoLLM-DC | +20.0 | +2.8 | 0.056 | +20.0 | +2.8 | 0.056 |"
+    for seed, score in enumerate((50, 52)):
+        lines = [{"eval/score": 10, "eval/reward": -2, "joint_actions": 0}, {"train/score": score / 2},
+                 {"eval/score": score, "eval/reward": -1, "joint_actions": 640}]
+        path = tmp_path / "tasks" / f"tldr-seed{seed}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| `tldr` | 640 | 10.0 | 51.0 ± 1.4 | -1.00 ± 0.00 |" in five_tasks.table(str(tmp_path / "tasks"))
 
 
 def test_benchmark_measures_a_checkout(tmp_path):
@@ -61,8 +77,6 @@ def test_links_of_the_readme_point_at_the_lines_that_they_name():
 
 def test_a_model_of_a_real_shape_reads_and_writes(tmp_path, monkeypatch, capsys):
     """results/scaling.py --build: what it answers is read as about as many tokens in the next turn; and --speed."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    import scaling
     monkeypatch.setitem(scaling.SHAPES, "small", (32, 1, 2, 1, 16, 64, 151936, True))
     scaling.build("small", tmp_path / "small")
     lm, task = LanguageModel(str(tmp_path / "small")), get_task("strbuild")
@@ -79,10 +93,8 @@ def test_a_model_of_a_real_shape_reads_and_writes(tmp_path, monkeypatch, capsys)
     assert [line.split(" with")[0] for line in lines[2:]] == [f"an update of {rows} rows" for rows in (1, 2, 4, 8)]
 
 
-def test_memory_by_formula_follows_the_shape(monkeypatch):
+def test_memory_by_formula_follows_the_shape():
     """What a layer keeps for the backward pass is counted on a real layer; rows and checkpointing change the sum."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    import scaling
     narrow, wide = (64, 4, 4, 2, 16, 128, 1000, True), (64, 4, 4, 2, 16, 256, 1000, True)
     # an MLP 128 wider keeps gate, up and the activation in bf16, and their product as its adapter's input in fp32
     assert scaling.kept_by_a_layer(wide) - scaling.kept_by_a_layer(narrow) == (3 * 2 + 4) * 128

@@ -10,6 +10,7 @@ import pytest
 import minecraft_sim as sim
 import tasks
 from critic import summary
+from model import training_checksum
 from tasks import Episode, Outcome, Turn, get_task, history
 
 ICML, CAT = {"string": "ICML"}, b'{"string": "CAT"}'
@@ -181,8 +182,15 @@ def test_when_an_episode_ends_and_where_a_sparse_reward_comes():
 
 def test_a_persistent_world():
     """Agents build the halves of one letter a turn, each as a checkerboard; a turn has no room for more."""
+    for turns in (2, 4, 8):  # a letter a turn, and more cells than the room of all turns but one
+        task = get_task("strbuild", world="persistent", num_turns=turns)
+        for item in task.train_items + task.eval_items:
+            assert len(item["string"]) == turns and len(sim.target_cells(sim.string_target(item["string"]))) > 14 * (turns - 1)
+        assert training_checksum(task) == training_checksum(get_task("strbuild", world="persistent"))  # one base for all
+    for turns in (1, 9):
+        with pytest.raises(ValueError, match="2 to 8 turns"):
+            get_task("strbuild", world="persistent", num_turns=turns)
     task, world = get_task("strbuild", world="persistent"), None
-    assert all(len(sim.target_cells(sim.string_target(item["string"]))) > 3 * 14 for item in task.train_items + task.eval_items)
     for t, letter in enumerate("ICML"):
         shape = [(x + 7 * t, y, z) for x, y, z in sim.target_cells(sim.LETTERS[letter])]
         middle = -(-len(shape) // 2)
