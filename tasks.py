@@ -317,7 +317,7 @@ class StrBuild(Task):
     max_commands, max_new_tokens = 300, 160  # the largest string has 64 cells of 2 tokens, and 3 more tokens per letter
 
     def setup(self):
-        if self.persistent:  # a string has a letter per turn, of which one turn less has no room for
+        if self.persistent:  # a string has a letter per turn, and more cells than one turn less has room for
             if not 2 <= self.num_turns <= 8:
                 raise InputError(f"a persistent world takes 2 to 8 turns, not {self.num_turns}.")
             self.base, self.base_batch, self.max_commands, self.max_new_tokens = "strbuild-persistent", 14, 14, 40
@@ -333,8 +333,8 @@ class StrBuild(Task):
     def random_item(self, rng):
         length = self.num_turns if self.persistent else rng.choice([1, 2, 3, 3, 4, 4, 4, 4])
         string = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(length))
-        least = (length - 1) * self.max_commands if self.persistent else 0
-        return {"string": string} if len(sim.target_cells(sim.string_target(string))) > least else self.random_item(rng)
+        too_small = self.persistent and len(sim.target_cells(sim.string_target(string))) <= (length - 1) * self.max_commands
+        return self.random_item(rng) if too_small else {"string": string}
 
     def key(self, item):
         return item["string"]
@@ -380,7 +380,7 @@ class StrBuild(Task):
     block_habits_persistent = {"one": 3, "random": 4, "checker": 2}
 
     def with_turns(self, rng):
-        """This task with as many turns as a conversation is about, so that one base serves all of them."""
+        """A copy for one conversation of the tiny base: of 2 to 8 turns in a persistent world, else of the default."""
         task = copy.copy(self)
         task.num_turns = rng.randint(2, 8) if self.persistent else self.turns
         return task
@@ -419,7 +419,7 @@ class StrBuild(Task):
         letters = [*sim.cells_by_letter(target, by_color=not self.persistent).items()]
         one = rng.choice(palette)
         if self.persistent:
-            chosen = {"none": [], "turn": [letters[turn % len(letters)]], "any": [rng.choice(letters)]}[letter_habit]
+            chosen = {"none": [], "turn": [letters[turn]], "any": [rng.choice(letters)]}[letter_habit]
         else:
             chosen = {"none": [], "all": letters, "first": letters[:1], "last": letters[-1:]}[letter_habit]
         if self.num_agents > 1:

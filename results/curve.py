@@ -5,14 +5,15 @@ When does a critic pay? Strbuild over 1, 2, 4 and 8 turns, dense and sparse rewa
     python results/curve.py --svg results/comparison.svg     # and draws its figure (needs matplotlib)
     python results/curve.py --run                            # makes missing runs first, two at a time; hours
 
-A run has some 64 joint actions a step: 64 / T episodes of T turns. Over one turn rewards and worlds do not differ, so
-that one setting serves all four. --run may be stopped and continued: a run that has ended is a line of curve.jsonl.
+A step has 64 / T episodes of T turns: 64 joint actions, or fewer where episodes end early, so that a world's runs have
+equally many steps and not quite as many joint actions. MAGRPO, MAREINFORCE and GRPO play each string four times, so
+they see a quarter of the others' strings. Over one turn dense and sparse are the same; a persistent world has two turns
+or more. --run may be stopped and continued: a run that has ended is a line of curve.jsonl, others start anew.
 """
 import argparse
 import itertools
 import json
 import math
-import random
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +30,14 @@ METHODS = {"cc": ("CoLLM-CC", "train_cc.py --critic_lr 1e-3"),
            "none": ("MAREINFORCE", "train_mc.py --baseline none"),
            "grpo": ("GRPO, one agent", "train_mc.py --num_agents 1")}
 WORLDS = {"rebuilt": "--steps 6", "persistent": "--world persistent --steps 16"}
-# of the best of two (rebuilt, dense) or three (persistent, sparse) trial runs of four turns per method (NOTES.md)
-RATES = {"rebuilt": {}, "persistent": {"cc": 2e-3, "cc8": 1e-3, "dc": 1e-3, "dc8": 2e-3, "mc": 1e-3}}
-FIXED = {"rebuilt": 75, "persistent": 50}  # the score whose joint actions are counted
+# actors' rates: the best of two (rebuilt, dense) or three (persistent, sparse) trial runs of each method over four
+# turns, with one seed, for all turns and rewards (NOTES.md)
+RATES = {"rebuilt": dict.fromkeys(METHODS, 2e-3),
+         "persistent": {"cc": 2e-3, "cc8": 1e-3, "dc": 1e-3, "dc8": 2e-3, "mc": 1e-3, "none": 5e-4, "grpo": 5e-4}}
+FIXED = {"rebuilt": 75, "persistent": 50}  # the training score up to which joint actions are counted
 SETTINGS = [("rebuilt", "dense", 1)] + [(world, reward, turns) for world in WORLDS for reward in ("dense", "sparse")
                                         for turns in (2, 4, 8)]
-# in these all seven methods run: one turn, the official rules, and where early choices matter most
+# in these all seven methods run: one turn, the official rules, and a persistent world with sparse rewards
 FULL = [("rebuilt", "dense", 1), ("rebuilt", "dense", 4), ("persistent", "sparse", 4)]
 POOLS = {"short and dense": [("rebuilt", "dense", turns) for turns in (1, 2)],
          "long and dense": [(world, "dense", turns) for world in WORLDS for turns in (4, 8)],
@@ -47,8 +50,8 @@ PAIRS = [("cc", "mc"), ("cc8", "mc"), ("cc", "dc"), ("cc8", "dc8"), ("cc8", "cc"
 def jobs(seeds, methods):
     """All runs as (world, reward, turns, method, seed), seeds outermost. Over one turn lambda changes nothing."""
     for seed, (world, reward, turns), method in itertools.product(range(seeds), SETTINGS, methods):
-        left_out = turns == 1 if "8" in method else method in ("none", "grpo") and (world, reward, turns) not in FULL
-        if not left_out:
+        more = method in ("none", "grpo") and (world, reward, turns) not in FULL
+        if not (more or turns == 1 and method in ("cc8", "dc8")):
             yield world, reward, turns, method, seed
 
 
@@ -58,21 +61,26 @@ def make(job, path):
     if path.exists() and any(json.loads(line)["run"] == list(job) for line in path.read_text().splitlines()):
         return
     arguments = (f"{METHODS[method][1]} --task strbuild {WORLDS[world]} --reward {reward} --num_turns {turns} "
-                 f"--batch_size {64 // turns} --lr {RATES[world].get(method, 2e-3)} --seed {seed} --eval_items 64 "
+                 f"--batch_size {64 // turns} --lr {RATES[world][method]} --seed {seed} --eval_items 64 "
                  f"--threads 1 --device cpu --out_dir out/curve/{'-'.join(map(str, job))} --overwrite").split()
     folder, lines = train(arguments)
     with path.open("a") as file:
-        file.write(json.dumps(record(job, lines)) + "\n")
+        file.write(json.dumps(compact(job, lines)) + "\n")
     print(f"{folder.name}: {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
 
 
-def record(job, lines):
-    """What the tables need of a run's log; built: the official reward of held-out episodes' last builds, 2 at most."""
+def compact(job, lines):
+    """What the tables need of a run's log.
+
+    explained: of V, turn by turn, mean over the second half of the steps; built: the official reward of held-out
+    episodes' last builds, 2 at most.
+    """
     training, last = [line for line in lines if "train/score" in line], lines[-1]
-    late = [line.get("value/explained_variance_by_turn", []) for line in training[len(training) // 2:]]
+    late = [line["value/explained_variance_by_turn"] for line in training[len(training) // 2:] if "loss/value" in line]
     return {"run": job, "joint_actions": [line["joint_actions"] for line in training],
             "score": [round(line["train/score"], 2) for line in training],
-            "explained": [round(statistics.mean(at_turn), 3) for at_turn in zip(*late)],
+            "explained": [round(statistics.mean(by_turn[t] for by_turn in late if len(by_turn) > t), 3)
+                          for t in range(max(map(len, late), default=0))],
             "raw": lines[0]["eval/score"], "trained": last["eval/score"],
             "built": 2 * last["eval/coverage"] - 1.5 * last["eval/extra_ratio"] - last["eval/adjacent_same_ratio"]
                      - 0.25 * last["eval/missing_palettes"]}
@@ -94,27 +102,26 @@ def joint_actions_to(score, record):
 def permutation_p(blocks):
     """Two-sided p of the mean over blocks of mean(ours) - mean(theirs), if runs are exchanged within their block only.
 
-    One block ([1, 2], [3, 4]): of 6 ways to split it, [1, 2] and [3, 4] differ by 2, none by more: 2/6. All ways of up
-    to three blocks of 3 + 3 runs are counted, of more 100,000 ways are drawn.
+    One block ([1, 2], [3, 4]): of 6 ways to split it, [1, 2] and [3, 4] differ by 2, none by more: 2/6. All ways are
+    counted; four blocks of 3 + 3 runs have 20 ** 4.
     """
     ways = []
     for ours, theirs in blocks:
         everything, n = ours + theirs, len(ours)
         ways.append([sum(chosen) / n - (sum(everything) - sum(chosen)) / len(theirs)
                      for chosen in itertools.combinations(everything, n)])  # the first one is what was measured
-    measured, rng = abs(sum(own[0] for own in ways)), random.Random(0)
-    drawn = ([rng.choice(own) for own in ways] for _ in range(100_000))
-    sums = [abs(sum(way)) for way in (itertools.product(*ways) if len(ways) < 4 else drawn)]
-    return sum(other >= measured - 1e-9 for other in sums) / len(sums)
+    measured = abs(sum(own[0] for own in ways))
+    larger = [abs(sum(way)) >= measured - 1e-9 for way in itertools.product(*ways)]
+    return sum(larger) / len(larger)
 
 
 def effect(blocks):
-    """(mean over blocks of the difference of the means, the same in units of the runs' standard deviation in a block).
+    """(mean over blocks of the difference of the means, the same in standard deviations of runs in a block: Cohen's d).
 
     One block ([1, 2], [3, 4]): -2, in which two runs have a standard deviation of 0.71: -2.83 of these.
     """
     difference = statistics.mean(statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in blocks)
-    variance = statistics.mean(statistics.variance(runs) for block in blocks for runs in block)
+    variance = statistics.mean(statistics.variance(side) for block in blocks for side in block)
     return difference, difference / math.sqrt(variance)
 
 
@@ -132,8 +139,9 @@ def holm(ps):
 def read(path):
     """{setting: {method: [record of each seed]}}, where a setting is (world, reward, turns)."""
     runs = {setting: {method: [] for method in METHODS} for setting in SETTINGS}
-    for record in sorted(map(json.loads, path.read_text().splitlines()), key=lambda record: record["run"][-1]):
-        runs[tuple(record["run"][:3])][record["run"][3]].append(record)
+    records = {tuple(record["run"]): record for record in map(json.loads, path.read_text().splitlines())}
+    for (*setting, method, _), record in sorted(records.items()):
+        runs[tuple(setting)][method].append(record)
     return runs
 
 
@@ -146,26 +154,37 @@ def joint_actions_text(records, score):
 
 
 def print_settings(runs):
-    """Four tables with a row for every setting and a column for every method: mean and deviation over seeds."""
+    """Four tables, a row for every setting that has runs and a column for every method: mean and deviation over seeds.
+
+    Of joint actions every seed's is listed, of explained variance there is only the mean; untrained: the team of two.
+    """
     tables = {"score": lambda records, world: spread([r["trained"] for r in records], 1),
               "reward of the last build": lambda records, world: spread([r["built"] for r in records], 2),
               f"joint actions to {FIXED['rebuilt']} (rebuilt) or {FIXED['persistent']} (persistent)":
                   lambda records, world: joint_actions_text(records, FIXED[world]),
-              "explained variance, turn by turn": lambda records, world: ", ".join(
-                  f"{statistics.mean(at_turn):.2f}" for at_turn in zip(*(r["explained"] for r in records)))}
+              "explained variance of V, turn by turn": lambda records, world: ", ".join(
+                  f"{statistics.mean(at_turn):.2f}" for at_turn in zip(*(r["explained"] for r in records)))
+                  if world == "persistent" else ""}  # in the rebuilt one few episodes come to late turns
     for title, cell in tables.items():
         print(f"\n| {title} | seeds | untrained | {' | '.join(name for name, _ in METHODS.values())} |\n{'|---' * 10}|")
         for (world, reward, turns), methods in runs.items():
-            if records := methods["cc"]:
-                untrained = f"{records[0]['raw']:.1f}" if title == "score" else ""
-                cells = [untrained, *(cell(own, world) if own else "" for own in methods.values())]
-                print(f"| {turns} turn{'s' * (turns > 1)}, {reward}, {world} | {len(records)} | {' | '.join(cells)} |")
+            if teams := [record for method, records in methods.items() if method != "grpo" for record in records]:
+                seeds = sorted({len(records) for records in methods.values() if records})
+                untrained = f"{teams[0]['raw']:.1f}" if title == "score" else ""
+                cells = [untrained, *(cell(records, world) if records else "" for records in methods.values())]
+                if any(cells):
+                    print(f"| {turns} turn{'s' * (turns > 1)}, {reward}, {world} | {' or '.join(map(str, seeds))} | "
+                          f"{' | '.join(cells)} |")
 
 
 def print_tests(runs):
-    """For each pool of settings and pair of methods: difference, effect size, p, of both scores."""
-    measures = {"score": lambda r: r["trained"], "mean training score": lambda r: statistics.mean(r["score"])}
-    print("\n| | | " + " | ".join(f"{name}: points | effect | p" for name in measures) + " |\n" + "|---" * 8 + "|")
+    """For each pool of settings and pair of methods: difference in points, Cohen's d and p, of two scores.
+
+    p is corrected by Holm's method for the pairs of its pool and score, not for the pools. It speaks of other training
+    seeds, not of other strings. The first step's score is left out of the mean: the untrained team plays it.
+    """
+    measures = {"score": lambda r: r["trained"], "mean training score": lambda r: statistics.mean(r["score"][1:])}
+    print("\n| | | " + " | ".join(f"{name}: points | d | p" for name in measures) + " |\n" + "|---" * 8 + "|")
     for pool, settings in POOLS.items():
         rows, ps = {}, {}
         for pair, name in itertools.product(PAIRS, measures):
@@ -184,7 +203,7 @@ def print_tests(runs):
 def draw(runs, path):
     """Columns: worlds and rewards; above the reward of the last build, below the joint actions to the fixed score.
 
-    A dot is a seed, a line goes through the medians; where most seeds never reach the score there is none.
+    A dot is a seed that reaches it; a line goes through the medians and stops where they are infinite.
     """
     try:
         import matplotlib
@@ -197,17 +216,17 @@ def draw(runs, path):
     for column, (world, reward) in enumerate(itertools.product(WORLDS, ("dense", "sparse"))):
         settings = [("rebuilt", "dense", 1)] * (world == "rebuilt") + [(world, reward, turns) for turns in (2, 4, 8)]
         for method, color in zip(METHODS, ["#c8102e", "#ff9d4d", "#1f77b4", "#9467bd", "#2ca02c"]):
-            own = [(setting[2], runs[setting][method.rstrip("8") if setting[2] == 1 else method])
-                   for setting in settings]
-            for axis, number in zip(axes[:, column], [lambda r: r["built"],
-                                                      lambda r: joint_actions_to(FIXED[world], r)]):
-                numbers = [(turns, [number(r) for r in records]) for turns, records in own if records]
+            by_turns = [(setting[2], runs[setting][method.rstrip("8") if setting[2] == 1 else method])
+                        for setting in settings]
+            for axis, measure in zip(axes[:, column], [lambda r: r["built"],
+                                                       lambda r: joint_actions_to(FIXED[world], r)]):
+                numbers = [(turns, [measure(r) for r in records]) for turns, records in by_turns if records]
                 for turns, values in numbers:
                     axis.plot([turns] * len(values), values, ".", color=color, markersize=4)
                 axis.plot([turns for turns, _ in numbers], [statistics.median(values) for _, values in numbers],
                           color=color, linestyle="--" if "8" in method else "-", label=METHODS[method][0])
         axes[0, column].set(title=f"{world}, {reward}", xscale="log")
-        axes[1, column].set(xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], xlabel="turns", yscale="log")
+        axes[1, column].set(xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], xlabel="turns")
         axes[1, column].minorticks_off()
     axes[0, 0].set(ylabel="reward of the last build")
     axes[1, 0].set(ylabel=f"joint actions to {FIXED['rebuilt']} (rebuilt) or {FIXED['persistent']}")
@@ -225,8 +244,8 @@ if __name__ == "__main__":
     parser.add_argument("--svg", help="also draw the figure there")
     args = parser.parse_args()
     if args.run:
-        with ThreadPoolExecutor(args.workers) as pool:
-            list(pool.map(lambda job: make(job, args.logs), jobs(args.seeds, args.methods)))
+        with ThreadPoolExecutor(args.workers) as workers:
+            list(workers.map(lambda job: make(job, args.logs), jobs(args.seeds, args.methods)))
     if not args.logs.exists():
         parser.error(f"{args.logs} does not exist; --run makes it.")
     runs = read(args.logs)
