@@ -42,6 +42,8 @@ FULL = [("rebuilt", "dense", 1), ("rebuilt", "dense", 4), ("persistent", "sparse
 POOLS = {"short and dense": [("rebuilt", "dense", turns) for turns in (1, 2)],
          "long and dense": [(world, "dense", turns) for world in WORLDS for turns in (4, 8)],
          "long and sparse": [(world, "sparse", turns) for world in WORLDS for turns in (4, 8)]}
+POOLS |= {f"{world}, long and {reward}": [(world, reward, turns) for turns in (4, 8)]  # added when the worlds differed
+          for world in WORLDS for reward in ("dense", "sparse")}
 PAIRS = [("cc", "mc"), ("cc8", "mc"), ("cc", "dc"), ("cc8", "dc8"), ("cc8", "cc"), ("dc8", "dc")]
 
 
