@@ -212,7 +212,7 @@ def load_models(names, task, max_new_tokens, *options):
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs one builds, the others wait; until this function ends
         if (trained_on := path.read_text()) != training_checksum(task):
             print(f"{tiny} was trained on other demonstrations of {task.name}: it is built anew" if trained_on else
-                  f"{tiny} is built first, in one to three minutes")
+                  f"{tiny} is built first, in one to four minutes")
             build_tiny(task, tiny)
     all_gather([])  # barrier: the other ranks wait for the build
     bases = {folder: LanguageModel(folder, *options) for folder in dict.fromkeys(folders)}
