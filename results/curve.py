@@ -22,6 +22,7 @@ from pathlib import Path
 from table1 import spread, train
 
 HERE = Path(__file__).resolve().parent
+LOGS = HERE / "curve.jsonl"
 METHODS = {"cc": ("CoLLM-CC", "train_cc.py --critic_lr 1e-3"),
            "cc8": ("CoLLM-CC, lambda 0.8", "train_cc.py --critic_lr 1e-3 --lam 0.8"),
            "dc": ("CoLLM-DC", "train_dc.py --critic_lr 1e-3"),
@@ -242,15 +243,14 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of these methods")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, on one thread each (default 2)")
-    parser.add_argument("--logs", type=Path, default=HERE / "curve.jsonl", help="default results/curve.jsonl")
     parser.add_argument("--svg", help="also draw the figure there")
     args = parser.parse_args()
     if args.run:
         with ThreadPoolExecutor(args.workers) as workers:
-            list(workers.map(lambda job: make(job, args.logs), jobs(args.seeds, args.methods)))
-    if not args.logs.exists():
-        parser.error(f"{args.logs} does not exist; --run makes it.")
-    runs = read(args.logs)
+            list(workers.map(lambda job: make(job, LOGS), jobs(args.seeds, args.methods)))
+    if not LOGS.exists():
+        parser.error(f"{LOGS} does not exist; --run makes it.")
+    runs = read(LOGS)
     print_settings(runs)
     print_tests(runs)
     if args.svg:

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import curve
+import five_tasks
+import scaling
 from model import LanguageModel
 from tasks import Episode, get_task, history
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "results"))
-import curve  # noqa: E402
-import five_tasks  # noqa: E402
-import scaling  # noqa: E402
 
 
 def test_numbers_of_the_curve_by_hand():
