@@ -32,8 +32,8 @@ METHODS = {"cc": ("CoLLM-CC", "train_cc.py --critic_lr 1e-3"),
            "grpo": ("GRPO, one agent", "train_mc.py --num_agents 1")}
 WORLDS = {"rebuilt": "--steps 6", "persistent": "--world persistent --steps 16"}
 # actors' rates: the best of two (rebuilt, dense) or three (persistent, sparse) trial runs of each method over four
-# turns, with one seed, for all turns and rewards (NOTES.md)
-RATES = {"rebuilt": dict.fromkeys(METHODS, 2e-3),
+# turns, with one seed, for all turns and rewards (NOTES.md); of none and grpo in trial runs of an earlier comparison
+RATES = {"rebuilt": dict.fromkeys(METHODS, 2e-3) | {"none": 1e-3},
          "persistent": {"cc": 2e-3, "cc8": 1e-3, "dc": 1e-3, "dc8": 2e-3, "mc": 1e-3, "none": 5e-4, "grpo": 5e-4}}
 FIXED = {"rebuilt": 75, "persistent": 50}  # the training score up to which joint actions are counted
 SETTINGS = [("rebuilt", "dense", 1)] + [(world, reward, turns) for world in WORLDS for reward in ("dense", "sparse")
@@ -58,16 +58,16 @@ def jobs(seeds, methods):
             yield world, reward, turns, method, seed
 
 
-def make(job, path):
-    """Train one run, unless path holds it, and add what the tables need of its log to path as one line."""
+def make(job):
+    """Train one run, unless LOGS holds it, and add what the tables need of its log there as one line."""
     world, reward, turns, method, seed = job
-    if path.exists() and any(json.loads(line)["run"] == list(job) for line in path.read_text().splitlines()):
+    if LOGS.exists() and any(json.loads(line)["run"] == list(job) for line in LOGS.read_text().splitlines()):
         return
     arguments = (f"{METHODS[method][1]} --task strbuild {WORLDS[world]} --reward {reward} --num_turns {turns} "
                  f"--batch_size {64 // turns} --lr {RATES[world][method]} --seed {seed} --eval_items 64 "
                  f"--threads 1 --device cpu --out_dir out/curve/{'-'.join(map(str, job))} --overwrite").split()
     folder, lines = train(arguments)
-    with path.open("a") as file:
+    with LOGS.open("a") as file:
         file.write(json.dumps(compact(job, lines)) + "\n")
     print(f"{folder.name}: {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
 
@@ -157,7 +157,7 @@ def joint_actions_text(records, score):
 
 
 def print_settings(runs):
-    """Four tables, a row for every setting that has runs and a column for every method: mean and deviation over seeds.
+    """Four tables, a row for every setting and a column for every method that has runs: mean and deviation over seeds.
 
     Of joint actions every seed's is listed, of explained variance there is only the mean; untrained: the team of two.
     """
@@ -168,13 +168,15 @@ def print_settings(runs):
               "explained variance of V, turn by turn": lambda records, world: ", ".join(
                   f"{statistics.mean(at_turn):.2f}" for at_turn in zip(*(r["explained"] for r in records)))
                   if world == "persistent" else ""}  # in the rebuilt one few episodes come to late turns
+    shown = [method for method in METHODS if any(methods[method] for methods in runs.values())]
     for title, cell in tables.items():
-        print(f"\n| {title} | seeds | untrained | {' | '.join(name for name, _ in METHODS.values())} |\n{'|---' * 10}|")
+        print(f"\n| {title} | seeds | untrained | {' | '.join(METHODS[method][0] for method in shown)} |\n"
+              f"{'|---' * (3 + len(shown))}|")
         for (world, reward, turns), methods in runs.items():
             if teams := [record for method, records in methods.items() if method != "grpo" for record in records]:
                 seeds = sorted({len(records) for records in methods.values() if records})
                 untrained = f"{teams[0]['raw']:.1f}" if title == "score" else ""
-                cells = [untrained, *(cell(records, world) if records else "" for records in methods.values())]
+                cells = [untrained, *(cell(methods[method], world) if methods[method] else "" for method in shown)]
                 if any(cells):
                     print(f"| {turns} turn{'s' * (turns > 1)}, {reward}, {world} | {' or '.join(map(str, seeds))} | "
                           f"{' | '.join(cells)} |")
@@ -247,7 +249,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.run:
         with ThreadPoolExecutor(args.workers) as workers:
-            list(workers.map(lambda job: make(job, LOGS), jobs(args.seeds, args.methods)))
+            list(workers.map(make, jobs(args.seeds, args.methods)))
     if not LOGS.exists():
         parser.error(f"{LOGS} does not exist; --run makes it.")
     runs = read(LOGS)
