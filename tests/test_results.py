@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import curve
-import five_tasks
 import scaling
+import table1
 from model import LanguageModel
 from tasks import Episode, get_task, history
 
@@ -33,8 +33,7 @@ def test_numbers_of_the_curve_by_hand():
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_the_tables_of_the_curve_and_of_the_five_tasks(tmp_path, capsys):
-    (tmp_path / "tasks").mkdir()
+def test_the_tables_of_the_curve(tmp_path, capsys):
     with open(tmp_path / "curve.jsonl", "w") as file:
         for method, turns, seed in itertools.product(("cc", "dc"), (1, 2), (0, 1)):
             trained = {"cc": 70, "dc": 50}[method] + 10 * seed
@@ -49,12 +48,23 @@ def test_the_tables_of_the_curve_and_of_the_five_tasks(tmp_path, capsys):
     assert rows[:3] == [f"| 1 turn, dense, rebuilt | 2 | {cell} |" for cell in cells]
     # of 36 ways two differ as much
     assert rows[3] == "| short and dense | CoLLM-CC − CoLLM-DC | +20.0 | +2.8 | 0.056 | +20.0 | +2.8 | 0.056 |"
+
+
+def test_table_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no tiny base here, so nothing is timed
     for seed, score in enumerate((50, 52)):
-        lines = [{"eval/score": 10, "eval/reward": -2, "joint_actions": 0}, {"train/score": score / 2},
-                 {"eval/score": score, "eval/reward": -1, "joint_actions": 640}]
-        path = tmp_path / "tasks" / f"tldr-seed{seed}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "| `tldr` | 640 | 10.0 | 51.0 ± 1.4 | -1.00 ± 0.00 |" in five_tasks.table(str(tmp_path / "tasks"))
+        lines = [{"eval/score": 10, "eval/turns": 1, "eval/response_tokens": 5, "joint_actions": 0, "slowest": 8},
+                 {"train/score": score / 2, "joint_actions": 320},
+                 {"eval/score": score, "eval/turns": 1, "eval/response_tokens": 20, "joint_actions": 640, "slowest": 30}]
+        for method in ("one", "cc"):
+            Path(f"tldr-{method}-seed{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    head, _, agent, team, one, cc, *paper = table1.table("tldr", tmp_path).splitlines()
+    assert head == "| tldr | seeds | joint actions | score | turns | tokens | slowest |"
+    assert agent == "| untrained agent | 1 | 0 | 10.0 | 1.00 | 5 | 8 |" and team == agent.replace("agent", "team")
+    assert cc == "| CoLLM-CC | 2 | 640 ± 0 | 51.0 ± 1.4 | 1.00 ± 0.00 | 20 ± 0 | 30 ± 0 |"
+    assert one == cc.replace("CoLLM-CC", "actor-critic, one agent") and paper[1].endswith("30.3 / 91.7 / 95.2.")
+    assert table1.table("arxiv", tmp_path) == "" and table1.spread([1, 2, 3], 1) == "2.0 ± 1.0"
+
 
 
 def test_benchmark_measures_a_checkout(tmp_path):
