@@ -3,7 +3,7 @@ A run as one page, report.html: the learning curve, a held-out item before and a
 
     python results/report.py out/cc-strbuild                    # writes out/cc-strbuild/report.html, as training does
     python results/report.py out/cc-strbuild out/mc-strbuild    # writes ./report.html: both curves in one plot, the
-                                                                # settings side by side, the first run's held-out item
+                                                                # settings side by side, the first run's typical item
     python results/report.py out/cc-strbuild --svg results      # instead, writes results/curve.svg, the plot, and
                                                                 # results/before.svg and after.svg, the pictures
     python results/report.py results/tasks/*.jsonl --svg .      # only the plot, because these are mere logs
@@ -122,20 +122,26 @@ def episode(task, record):
     return picture, html
 
 
-def first_item(config, records):
-    """[(title, picture, turns)] of the first held-out item at the first and, if there is another, the last evaluation."""
+def typical_item(config, records):
+    """The held-out item whose score gained the median from the first evaluation to the last one, before and after.
+
+    (the item, [(title, picture, turns)] of it at the first and, if there is another, the last evaluation).
+    """
     options = {name: config[name] for name in TASK_OPTIONS if name in config} | {"data": "builtin"}  # no file is needed
-    task, first = get_task(config["task"], **options), records[0]
-    later = [record for record in records if record["item"] == first["item"] and record["step"] > first["step"]]
-    return [(f"step {text(record['step'])}: score {text(record['score'])} after {len(record['turns'])} turns",
-             *episode(task, record)) for record in [first, *later[-1:]]]
+    task, by_item = get_task(config["task"], **options), {}
+    for record in records:
+        by_item.setdefault(json.dumps(record["item"], ensure_ascii=False), []).append(record)
+    gains = sorted(by_item, key=lambda item: by_item[item][-1]["score"] - by_item[item][0]["score"])
+    first, *later = by_item[typical := gains[len(gains) // 2]]
+    return typical, [(f"step {text(record['step'])}: score {text(record['score'])} after {len(record['turns'])} turns",
+                      *episode(task, record)) for record in [first, *later[-1:]]]
 
 
 def before_and_after(config, records):
-    """The first held-out item before and after training: pictures side by side, then everything turn by turn."""
-    first, shown = records[0], first_item(config, records)
+    """The typical held-out item before and after training: pictures side by side, then everything turn by turn."""
+    item, shown = typical_item(config, records)
     pictures = "".join(f"<div><h3>{title}</h3>{picture}</div>" for title, picture, _ in shown if picture)
-    return (f'<pre>{text(json.dumps(first["item"], ensure_ascii=False))}</pre><div class="row">{pictures}</div>'
+    return (f'<pre>{text(item)}</pre><div class="row">{pictures}</div>'
             + "".join(f"<h3>{title}, turn by turn</h3>\n{turns}" for title, _, turns in shown))
 
 
@@ -146,12 +152,12 @@ def save(path, content):
 
 
 def pictures(runs, folder):
-    """Write the plot of these runs (folders, or logs alone) and, of the first folder, the first item before and after."""
+    """Write the plot of these runs (folders, or logs alone) and, of the first folder, its typical item's pictures."""
     logs = [run if run.endswith(".jsonl") else os.path.join(run, "log.jsonl") for run in runs]
     save(os.path.join(folder, "curve.svg"), chart([read_lines(log, "step", "joint_actions") for log in logs]))
     if not runs[0].endswith(".jsonl"):
         records = read_lines(os.path.join(runs[0], "samples.jsonl"), "step", "item", "score", "turns")
-        for name, (_, picture, _) in zip(("before", "after"), first_item(read_config(runs[0]), records)):
+        for name, (_, picture, _) in zip(("before", "after"), typical_item(read_config(runs[0]), records)[1]):
             if picture:
                 save(os.path.join(folder, f"{name}.svg"), picture)
 
@@ -174,9 +180,9 @@ def page(runs):
 {chart(logs)}
 <p class="note">Scores of each step's training episodes (line) and of all held-out items (large dots; table).</p>
 {table(["", *columns], scores)}
-<h2>The first held-out item of {text(runs[0])}</h2>
-<p class="note">One item may fare otherwise than the mean of all. Step 0 is the untrained team; click on what an agent
-is told to unfold its prompt.</p>
+<h2>A typical held-out item of {text(runs[0])}</h2>
+<p class="note">The one whose score gained the median. Step 0 is the untrained team; click on what an agent is told to
+unfold its prompt.</p>
 {episodes}
 <h2>Settings</h2>
 <div style="columns: {3 if len(runs) == 1 else 1}">{table(["", *runs], settings, mark=True)}</div></html>

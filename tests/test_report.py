@@ -20,6 +20,9 @@ def make_run(folder, name="strbuild", **options):
         for t, texts in enumerate([answers, ["", ""]]):
             episode.turns.append(Turn([], [], [], texts, task.judge(episode.item, texts, t, episode.world)))
         kept.append(record(task, episode, step))
+    if name == "strbuild":  # one item loses and one gains, so "I" is the typical one
+        kept = [line | {"item": {"string": other}, "score": line["step"] * gain}
+                for other, gain in (("L", -9), ("M", 9)) for line in kept] + kept
     log = [{"step": k, "joint_actions": 8 * k, "train/score" if k in (1, 2) else "eval/score": 20 * k} for k in range(4)]
     folder.mkdir()
     for file, lines in ("config.json", [config]), ("log.jsonl", log), ("samples.jsonl", kept):
