@@ -4,8 +4,8 @@ The paper's Table 1 with tiny bases: five tasks, an untrained team, two single a
     python results/table1.py                      # prints the table of the runs in results/table1
     python results/table1.py --run strbuild tldr  # makes missing runs first, two at a time on one thread each
 
-Every run has the task's default settings, hence equally many episodes. It may be stopped and continued: a run that has
-ended is kept as results/table1/TASK-METHOD-seedK.jsonl, evaluations and scores of its log; others start anew.
+Every run has the task's default settings but RATES, hence equally many episodes. It may be stopped and continued: a run
+that has ended is kept as results/table1/TASK-METHOD-seedK.jsonl, evaluations and scores of its log; others start anew.
 """
 import argparse
 import json
@@ -28,13 +28,13 @@ COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "r
            "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2), "pass rate": ("eval/pass_rate", 2)}
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "strbuild": "36.6 / 46.1 / 68.5",
          "housebuild": "43.2 / 54.6 / 52.7"}  # raw model, GRPO, CoLLM-CC; of coophe none that compares
+RATES = {("coophe", "mc"): " --lr 1e-3"}  # actors' rates where half of the task's did better in a trial run (NOTES.md)
 KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
 
 
-def command(task, method, seed):
-    """The arguments of python for one run."""
-    return (f"{METHODS[method][1]} --task {task} --seed {seed} --threads 1 --device cpu "
-            f"--out_dir out/table1/{task}-{method}-seed{seed} --overwrite").split()
+def command(task, method):
+    """What stands beside a row: the train script and its flags, without seed, threads and folder."""
+    return f"{METHODS[method][1]} --task {task}{RATES.get((task, method), '')}"
 
 
 def train(arguments):
@@ -86,7 +86,9 @@ def make(job):
     path = HERE / "table1" / "{}-{}-seed{}.jsonl".format(*job)
     if path.exists():
         return
-    folder, lines = train(command(*job))
+    task, method, seed = job
+    folder, lines = train(f"{command(task, method)} --seed {seed} --threads 1 --device cpu "
+                          f"--out_dir out/table1/{path.stem} --overwrite".split())
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
     add_slowest(folder, [lines[0], lines[-1]])
     path.parent.mkdir(exist_ok=True)
@@ -104,9 +106,10 @@ def spread(numbers, digits):
 
 
 def table(task, folder=HERE / "table1"):
-    """The rows of one task in Markdown: its untrained team, every method that has runs, and below the paper's scores.
+    """The rows of one task in Markdown: untrained, then every method that has runs; below them the paper's scores.
 
     tokens: of an agent in an episode; slowest: of the agent for which the others wait; seconds: what these take here.
+    A method's command stands in its row; it was run with --seed 0, 1, ... and --threads 1.
     """
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
@@ -114,16 +117,17 @@ def table(task, folder=HERE / "table1"):
     for line in [line for own in runs.values() for run in own for line in run if "eval/turns" in line]:
         line["agent_tokens"] = line["eval/response_tokens"] * line["eval/turns"]
         line |= {"seconds": line["slowest"] * seconds} if seconds and "slowest" in line else {}
-    rows = [(f"untrained {who}", [run[0] for method in own for run in runs[method]][:1])
+    rows = [(f"untrained {who}", [run[0] for method in own for run in runs[method]][:1], "")
             for who, own in (("agent", ("grpo", "one")), ("team", ("mc", "dc", "cc")))]
-    rows += [(METHODS[method][0], [run[-1] for run in own]) for method, own in runs.items()]
-    rows = [(name, evaluations) for name, evaluations in rows if evaluations]
-    known = {key for _, evaluations in rows for line in evaluations for key in line}
+    rows += [(METHODS[method][0], [run[-1] for run in own], f"`{command(task, method)}`")
+             for method, own in runs.items()]
+    rows = [row for row in rows if row[1]]
+    known = {key for _, evaluations, _ in rows for line in evaluations for key in line}
     shown = {head: column for head, column in COLUMNS.items() if column[0] in known}
-    lines = [f"| {task} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
+    lines = [f"| {task} | seeds | {' | '.join(shown)} | command |", "|---" * (len(shown) + 3) + "|"]
     lines += [f"| {name} | {len(evaluations)} | " + " | ".join(
-        spread((line[key] for line in evaluations if key in line), digits) for key, digits in shown.values()) + " |"
-        for name, evaluations in rows]
+        spread((line[key] for line in evaluations if key in line), digits) for key, digits in shown.values())
+        + f" | {own} |" for name, evaluations, own in rows]
     paper = f"\nThe paper's scores, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER.get(task)}."
     return "\n".join(lines + [paper] * (task in PAPER)) if rows else ""
 

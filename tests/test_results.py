@@ -59,10 +59,11 @@ def test_table_1(tmp_path, monkeypatch):
         for method in ("one", "cc"):
             Path(f"tldr-{method}-seed{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     head, _, agent, team, one, cc, *paper = table1.table("tldr", tmp_path).splitlines()
-    assert head == "| tldr | seeds | joint actions | score | turns | tokens | slowest |"
-    assert agent == "| untrained agent | 1 | 0 | 10.0 | 1.00 | 5 | 8 |" and team == agent.replace("agent", "team")
-    assert cc == "| CoLLM-CC | 2 | 640 ± 0 | 51.0 ± 1.4 | 1.00 ± 0.00 | 20 ± 0 | 30 ± 0 |"
-    assert one == cc.replace("CoLLM-CC", "actor-critic, one agent") and paper[1].endswith("30.3 / 91.7 / 95.2.")
+    assert head == "| tldr | seeds | joint actions | score | turns | tokens | slowest | command |"
+    assert agent == "| untrained agent | 1 | 0 | 10.0 | 1.00 | 5 | 8 |  |" and team == agent.replace("agent", "team")
+    assert cc == "| CoLLM-CC | 2 | 640 ± 0 | 51.0 ± 1.4 | 1.00 ± 0.00 | 20 ± 0 | 30 ± 0 | `train_cc.py --task tldr` |"
+    alone = cc.replace("CoLLM-CC", "actor-critic, one agent").replace(".py", ".py --num_agents 1")
+    assert one == alone and paper[1].endswith("30.3 / 91.7 / 95.2.")
     assert table1.table("arxiv", tmp_path) == "" and table1.spread([1, 2, 3], 1) == "2.0 ± 1.0"
 
 
