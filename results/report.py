@@ -6,7 +6,7 @@ A run as one page, report.html: the learning curve, a held-out item before and a
                                                                 # settings side by side, the first run's typical item
     python results/report.py out/cc-strbuild --svg results      # instead, writes results/curve.svg, the plot, and
                                                                 # results/before.svg and after.svg, the pictures
-    python results/report.py results/tasks/*.jsonl --svg .      # only the plot, because these are mere logs
+    python results/report.py results/table1/tldr*.jsonl --svg . # only the plot, because these are mere logs
 
 The page is HTML, CSS and SVG in one file; it runs no script and loads nothing. Pictures are drawn anew from the answers
 in samples.jsonl, which the task judges again, turn by turn.
