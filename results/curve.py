@@ -38,7 +38,7 @@ RATES = {"rebuilt": dict.fromkeys(METHODS, 2e-3) | {"none": 1e-3},
 FIXED = {"rebuilt": 75, "persistent": 50}  # the training score up to which joint actions are counted
 SETTINGS = [("rebuilt", "dense", 1)] + [(world, reward, turns) for world in WORLDS for reward in ("dense", "sparse")
                                         for turns in (2, 4, 8)]
-# in these all seven methods run: one turn, the official rules, and a persistent world with sparse rewards
+# in these MAREINFORCE and GRPO run, too: one turn, the official rules, and a persistent world with sparse rewards
 FULL = [("rebuilt", "dense", 1), ("rebuilt", "dense", 4), ("persistent", "sparse", 4)]
 POOLS = {"short and dense": [("rebuilt", "dense", turns) for turns in (1, 2)],
          "long and dense": [(world, "dense", turns) for world in WORLDS for turns in (4, 8)],
@@ -208,7 +208,8 @@ def print_tests(runs):
 def draw(runs, path):
     """Columns: worlds and rewards; above the reward of the last build, below the joint actions to the fixed score.
 
-    A dot is a seed that reaches it; a line goes through the medians and stops where they are infinite.
+    A dot is a seed that reaches it; a line goes through the medians and stops where they are infinite. MAREINFORCE and
+    GRPO, which ran in three settings only, are left out.
     """
     try:
         import matplotlib

@@ -123,16 +123,18 @@ def episode(task, record):
 
 
 def typical_item(config, records):
-    """The held-out item whose score gained the median from the first evaluation to the last one, before and after.
+    """(An item as JSON, [(title, picture, turns)] of it at the first and, if there is another, the last evaluation).
 
-    (the item, [(title, picture, turns)] of it at the first and, if there is another, the last evaluation).
+    It is the held-out item with the median gain in score between the two: of an even number the upper one, of equal
+    gains by the items' order. With one evaluation no item gains, so it is the middle one of that order.
     """
     options = {name: config[name] for name in TASK_OPTIONS if name in config} | {"data": "builtin"}  # no file is needed
     task, by_item = get_task(config["task"], **options), {}
     for record in records:
         by_item.setdefault(json.dumps(record["item"], ensure_ascii=False), []).append(record)
-    gains = sorted(by_item, key=lambda item: by_item[item][-1]["score"] - by_item[item][0]["score"])
-    first, *later = by_item[typical := gains[len(gains) // 2]]
+    by_gain = sorted(by_item, key=lambda item: by_item[item][-1]["score"] - by_item[item][0]["score"])
+    typical = by_gain[len(by_gain) // 2]
+    first, *later = by_item[typical]
     return typical, [(f"step {text(record['step'])}: score {text(record['score'])} after {len(record['turns'])} turns",
                       *episode(task, record)) for record in [first, *later[-1:]]]
 
@@ -181,8 +183,8 @@ def page(runs):
 <p class="note">Scores of each step's training episodes (line) and of all held-out items (large dots; table).</p>
 {table(["", *columns], scores)}
 <h2>A typical held-out item of {text(runs[0])}</h2>
-<p class="note">The one whose score gained the median. Step 0 is the untrained team; click on what an agent is told to
-unfold its prompt.</p>
+<p class="note">The one with the median gain in score from the first to the last evaluation. Step 0 is the untrained
+team; click on what an agent is told to unfold its prompt.</p>
 {episodes}
 <h2>Settings</h2>
 <div style="columns: {3 if len(runs) == 1 else 1}">{table(["", *runs], settings, mark=True)}</div></html>

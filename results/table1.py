@@ -1,5 +1,5 @@
 """
-The paper's Table 1 with tiny bases: five tasks, an untrained team, two single agents, MAGRPO, CoLLM-DC, CoLLM-CC.
+The paper's Table 1 with tiny bases: five tasks, untrained agents, two single agents, MAGRPO, CoLLM-DC, CoLLM-CC.
 
     python results/table1.py                      # prints the table of the runs in results/table1
     python results/table1.py --run strbuild tldr  # makes missing runs first, two at a time on one thread each
@@ -91,6 +91,7 @@ def make(job):
                           f"--out_dir out/table1/{path.stem} --overwrite".split())
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
     add_slowest(folder, [lines[0], lines[-1]])
+    lines[0]["command"] = command(task, method)  # RATES may change later
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path.stem}: score {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
@@ -114,20 +115,21 @@ def table(task, folder=HERE / "table1"):
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
     seconds = token_seconds(task)
-    for line in [line for own in runs.values() for run in own for line in run if "eval/turns" in line]:
+    for line in [line for logs in runs.values() for log in logs for line in log if "eval/turns" in line]:
         line["agent_tokens"] = line["eval/response_tokens"] * line["eval/turns"]
         line |= {"seconds": line["slowest"] * seconds} if seconds and "slowest" in line else {}
-    rows = [(f"untrained {who}", [run[0] for method in own for run in runs[method]][:1], "")
-            for who, own in (("agent", ("grpo", "one")), ("team", ("mc", "dc", "cc")))]
-    rows += [(METHODS[method][0], [run[-1] for run in own], f"`{command(task, method)}`")
-             for method, own in runs.items()]
+    rows = [(f"untrained {who}", [log[0] for method in methods for log in runs[method]][:1], "")
+            for who, methods in (("agent", ("grpo", "one")), ("team", ("mc", "dc", "cc")))]
+    for method, logs in runs.items():
+        made_by = " or ".join(sorted({f"`{log[0]['command']}`" for log in logs}))
+        rows.append((METHODS[method][0], [log[-1] for log in logs], made_by))
     rows = [row for row in rows if row[1]]
     known = {key for _, evaluations, _ in rows for line in evaluations for key in line}
     shown = {head: column for head, column in COLUMNS.items() if column[0] in known}
     lines = [f"| {task} | seeds | {' | '.join(shown)} | command |", "|---" * (len(shown) + 3) + "|"]
     lines += [f"| {name} | {len(evaluations)} | " + " | ".join(
         spread((line[key] for line in evaluations if key in line), digits) for key, digits in shown.values())
-        + f" | {own} |" for name, evaluations, own in rows]
+        + f" | {made_by} |" for name, evaluations, made_by in rows]
     paper = f"\nThe paper's scores, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER.get(task)}."
     return "\n".join(lines + [paper] * (task in PAPER)) if rows else ""
 
