@@ -86,22 +86,19 @@ def make(job):
     path = HERE / "table1" / "{}-{}-seed{}.jsonl".format(*job)
     if path.exists():
         return
-    task, method, seed = job
-    folder, lines = train(f"{command(task, method)} --seed {seed} --threads 1 --device cpu "
-                          f"--out_dir out/table1/{path.stem} --overwrite".split())
+    made_by = command(*job[:2])
+    folder, lines = train(f"{made_by} --seed {job[2]} --threads 1 --device cpu --out_dir out/table1/{path.stem} "
+                          "--overwrite".split())
     lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
     add_slowest(folder, [lines[0], lines[-1]])
-    lines[0]["command"] = command(task, method)  # RATES may change later
+    lines[0]["command"] = made_by  # RATES may change later
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path.stem}: score {lines[0]['eval/score']:.1f} -> {lines[-1]['eval/score']:.1f}", flush=True)
 
 
 def spread(numbers, digits):
-    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"; "" without numbers, of older logs."""
-    numbers = list(numbers)
-    if not numbers:
-        return ""
+    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"."""
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):,.{digits}f}{deviation}"
 
@@ -115,9 +112,10 @@ def table(task, folder=HERE / "table1"):
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
     seconds = token_seconds(task)
-    for line in [line for logs in runs.values() for log in logs for line in log if "eval/turns" in line]:
+    for line in [log[k] for logs in runs.values() for log in logs for k in (0, -1)]:
         line["agent_tokens"] = line["eval/response_tokens"] * line["eval/turns"]
-        line |= {"seconds": line["slowest"] * seconds} if seconds and "slowest" in line else {}
+        if seconds:
+            line["seconds"] = line["slowest"] * seconds
     rows = [(f"untrained {who}", [log[0] for method in methods for log in runs[method]][:1], "")
             for who, methods in (("agent", ("grpo", "one")), ("team", ("mc", "dc", "cc")))]
     for method, logs in runs.items():
@@ -128,7 +126,7 @@ def table(task, folder=HERE / "table1"):
     shown = {head: column for head, column in COLUMNS.items() if column[0] in known}
     lines = [f"| {task} | seeds | {' | '.join(shown)} | command |", "|---" * (len(shown) + 3) + "|"]
     lines += [f"| {name} | {len(evaluations)} | " + " | ".join(
-        spread((line[key] for line in evaluations if key in line), digits) for key, digits in shown.values())
+        spread([line[key] for line in evaluations], digits) for key, digits in shown.values())
         + f" | {made_by} |" for name, evaluations, made_by in rows]
     paper = f"\nThe paper's scores, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER.get(task)}."
     return "\n".join(lines + [paper] * (task in PAPER)) if rows else ""
