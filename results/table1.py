@@ -22,13 +22,15 @@ TASKS = ["tldr", "arxiv", "coophe", "strbuild", "housebuild"]
 METHODS = {"grpo": ("GRPO, one agent", "train_mc.py --num_agents 1"),
            "one": ("actor-critic, one agent", "train_cc.py --num_agents 1"), "mc": ("MAGRPO", "train_mc.py"),
            "dc": ("CoLLM-DC", "train_dc.py"), "cc": ("CoLLM-CC", "train_cc.py")}
-COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "reward per turn": ("eval/reward", 2),
-           "turns": ("eval/turns", 2), "tokens": ("agent_tokens", 0), "slowest": ("slowest", 0),
-           "seconds": ("seconds", 2), "IoU": ("eval/iou", 2), "adjacency": ("eval/adjacent_same_ratio", 2),
-           "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2), "pass rate": ("eval/pass_rate", 2)}
+COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "training score at {}": ("equal", 1),
+           "reward per turn": ("eval/reward", 2), "turns": ("eval/turns", 2), "tokens": ("agent_tokens", 0),
+           "slowest": ("slowest", 0), "seconds": ("seconds", 2), "IoU": ("eval/iou", 2),
+           "adjacency": ("eval/adjacent_same_ratio", 2), "overlap": ("eval/overlap", 2), "killers": ("eval/kills", 2),
+           "pass rate": ("eval/pass_rate", 2)}
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "strbuild": "36.6 / 46.1 / 68.5",
          "housebuild": "43.2 / 54.6 / 52.7"}  # raw model, GRPO, CoLLM-CC; of coophe none that compares
-RATES = {("coophe", "mc"): " --lr 1e-3"}  # actors' rates where half of the task's did better in a trial run (NOTES.md)
+RATES = {("coophe", "mc"): " --lr 1e-3",  # actors' rates where half of the task's did better in a trial run (NOTES.md)
+         ("housebuild", "grpo"): " --lr 1e-3"}
 KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
 
 
@@ -64,7 +66,7 @@ def add_slowest(folder, evaluations):
 
 
 def token_seconds(task):
-    """CPU seconds that one agent takes for a token, alone on one thread of this machine; None without out/tiny-TASK."""
+    """CPU seconds per token of one agent, alone on one thread of this machine, at best; None without out/tiny-TASK."""
     if not Path(f"out/tiny-{task}").exists():
         return None
     sys.path.insert(0, str(HERE.parent))
@@ -74,11 +76,11 @@ def token_seconds(task):
     lm = LanguageModel(f"out/tiny-{task}", "cpu")
     lm.add_adapter("agent")
     lm.ends, seconds = [], []  # no end: it writes on to the limit
-    for _ in range(9):
+    for _ in range(25):
         start = time.thread_time()
         lm.generate("agent", [list(range(100))], torch.full((1, 64), 0.5))
         seconds.append((time.thread_time() - start) / 64)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def make(job):
@@ -98,21 +100,27 @@ def make(job):
 
 
 def spread(numbers, digits):
-    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0"."""
+    """Mean and standard deviation: [1, 2, 3] with 1 digit is "2.0 ± 1.0", [] is empty."""
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):,.{digits}f}{deviation}"
+    return f"{statistics.mean(numbers):,.{digits}f}{deviation}" if numbers else ""
 
 
 def table(task, folder=HERE / "table1"):
     """The rows of one task in Markdown: untrained, then every method that has runs; below them the paper's scores.
 
+    training score: mean of the last three steps within as many joint actions as every run of the task has.
     tokens: of an agent in an episode; slowest: of the agent for which the others wait; seconds: what these take here.
     A method's command stands in its row; it was run with --seed 0, 1, ... and --threads 1.
     """
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
+    every = [log for logs in runs.values() for log in logs]
+    equal = min((log[-1]["joint_actions"] for log in every), default=0)
+    for log in every:
+        steps = [line["train/score"] for line in log if "train/score" in line and line["joint_actions"] <= equal]
+        log[-1]["equal"] = statistics.mean(steps[-3:])
     seconds = token_seconds(task)
-    for line in [log[k] for logs in runs.values() for log in logs for k in (0, -1)]:
+    for line in [log[k] for log in every for k in (0, -1)]:
         line["agent_tokens"] = line["eval/response_tokens"] * line["eval/turns"]
         if seconds:
             line["seconds"] = line["slowest"] * seconds
@@ -123,10 +131,10 @@ def table(task, folder=HERE / "table1"):
         rows.append((METHODS[method][0], [log[-1] for log in logs], made_by))
     rows = [row for row in rows if row[1]]
     known = {key for _, evaluations, _ in rows for line in evaluations for key in line}
-    shown = {head: column for head, column in COLUMNS.items() if column[0] in known}
+    shown = {head.format(f"{equal:,}"): column for head, column in COLUMNS.items() if column[0] in known}
     lines = [f"| {task} | seeds | {' | '.join(shown)} | command |", "|---" * (len(shown) + 3) + "|"]
     lines += [f"| {name} | {len(evaluations)} | " + " | ".join(
-        spread([line[key] for line in evaluations], digits) for key, digits in shown.values())
+        spread([line[key] for line in evaluations if key in line], digits) for key, digits in shown.values())
         + f" | {made_by} |" for name, evaluations, made_by in rows]
     paper = f"\nThe paper's scores, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER.get(task)}."
     return "\n".join(lines + [paper] * (task in PAPER)) if rows else ""

@@ -53,17 +53,20 @@ def test_the_tables_of_the_curve(tmp_path, capsys):
 def test_table_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no tiny base here, so nothing is timed
     for (method, rate), (seed, score) in itertools.product({"one": "1e-3", "cc": "2e-3"}.items(), enumerate((50, 52))):
+        steps = [{"train/score": score + k, "joint_actions": 160 * k} for k in range(1, 5 + seed)]
         lines = [{"eval/score": 10, "eval/turns": 1, "eval/response_tokens": 5, "joint_actions": 0, "slowest": 8,
-                  "command": f"train_cc.py --lr {rate}"}, {"train/score": score / 2, "joint_actions": 320},
-                 {"eval/score": score, "eval/turns": 2, "eval/response_tokens": 20, "joint_actions": 640, "slowest": 30}]
+                  "command": f"train_cc.py --lr {rate}"}, *steps, {"eval/score": score, "eval/turns": 2,
+                  "eval/response_tokens": 20, "joint_actions": 160 * len(steps), "slowest": 30}]
         Path(f"tldr-{method}-seed{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     head, _, agent, team, one, cc, *paper = table1.table("tldr", tmp_path).splitlines()
-    assert head == "| tldr | seeds | joint actions | score | turns | tokens | slowest | command |"
-    assert agent == "| untrained agent | 1 | 0 | 10.0 | 1.00 | 5 | 8 |  |" and team == agent.replace("agent", "team")
-    trained = "2 | 640 ± 0 | 51.0 ± 1.4 | 2.00 ± 0.00 | 40 ± 0 | 30 ± 0 | `train_cc.py --lr"
+    # steps 2 to 4 count, of seed 1, too, which takes 800 joint actions: means 53 and 55
+    heads = "joint actions | score | training score at 640 | turns | tokens | slowest | command"
+    assert head == f"| tldr | seeds | {heads} |"
+    assert agent == "| untrained agent | 1 | 0 | 10.0 |  | 1.00 | 5 | 8 |  |" and team == agent.replace("agent", "team")
+    trained = "2 | 720 ± 113 | 51.0 ± 1.4 | 54.0 ± 1.4 | 2.00 ± 0.00 | 40 ± 0 | 30 ± 0 | `train_cc.py --lr"
     assert one == f"| actor-critic, one agent | {trained} 1e-3` |" and cc == f"| CoLLM-CC | {trained} 2e-3` |"
     assert paper[1].endswith("30.3 / 91.7 / 95.2.") and table1.table("arxiv", tmp_path) == ""
-    assert table1.spread([1, 2, 3], 1) == "2.0 ± 1.0"
+    assert (table1.spread([1, 2, 3], 1), table1.spread([], 1)) == ("2.0 ± 1.0", "")
 
 
 def test_benchmark_measures_a_checkout(tmp_path):
