@@ -29,8 +29,8 @@ COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "t
            "pass rate": ("eval/pass_rate", 2)}
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "strbuild": "36.6 / 46.1 / 68.5",
          "housebuild": "43.2 / 54.6 / 52.7"}  # raw model, GRPO, CoLLM-CC; of coophe none that compares
-RATES = {("coophe", "mc"): " --lr 1e-3",  # actors' rates where half of the task's did better in a trial run (NOTES.md)
-         ("housebuild", "grpo"): " --lr 1e-3"}
+PAIRS = [("cc", "mc"), ("dc", "mc"), ("cc", "dc"), ("one", "grpo")]  # whose scores are compared by a test
+RATES = {("housebuild", "grpo"): " --lr 1e-3"}  # half of the task's rate, where it did better in trial runs (NOTES.md)
 KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
 
 
@@ -105,8 +105,22 @@ def spread(numbers, digits):
     return f"{statistics.mean(numbers):,.{digits}f}{deviation}" if numbers else ""
 
 
+def differences(runs):
+    """Differences of mean scores, and p of curve.py's exact permutation test, corrected for PAIRS by Holm's method.
+
+    Scores [1, 2] of cc and [3, 4] of mc give "CoLLM-CC − MAGRPO -2.0 (p 0.333)": of 6 ways two differ as much.
+    """
+    from curve import holm, permutation_p  # here, because curve.py imports this file
+    scores = {method: [log[-1]["eval/score"] for log in logs] for method, logs in runs.items() if len(logs) > 1}
+    pairs = [(ours, theirs) for ours, theirs in PAIRS if {ours, theirs} <= scores.keys()]
+    points = [statistics.mean(scores[ours]) - statistics.mean(scores[theirs]) for ours, theirs in pairs]
+    ps = holm({pair: permutation_p([(scores[pair[0]], scores[pair[1]])]) for pair in pairs})
+    return "; ".join(f"{METHODS[ours][0]} − {METHODS[theirs][0]} {difference:+.1f} (p {ps[ours, theirs]:.3f})"
+                     for (ours, theirs), difference in zip(pairs, points))
+
+
 def table(task, folder=HERE / "table1"):
-    """The rows of one task in Markdown: untrained, then every method that has runs; below them the paper's scores.
+    """The rows of one task in Markdown: untrained, then methods that have runs; below: tests, the paper's scores.
 
     training score: mean of the last three steps within as many joint actions as every run of the task has.
     tokens: of an agent in an episode; slowest: of the agent for which the others wait; seconds: what these take here.
@@ -136,8 +150,12 @@ def table(task, folder=HERE / "table1"):
     lines += [f"| {name} | {len(evaluations)} | " + " | ".join(
         spread([line[key] for line in evaluations if key in line], digits) for key, digits in shown.values())
         + f" | {made_by} |" for name, evaluations, made_by in rows]
-    paper = f"\nThe paper's scores, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER.get(task)}."
-    return "\n".join(lines + [paper] * (task in PAPER)) if rows else ""
+    below = []
+    if tests := differences(runs):
+        below.append(f"\nScores: {tests}.")
+    if task in PAPER:
+        below.append(f"\nThe paper's, raw model / GRPO / CoLLM-CC, of other items and larger models: {PAPER[task]}.")
+    return "\n".join(lines + below) if rows else ""
 
 
 if __name__ == "__main__":

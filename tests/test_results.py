@@ -66,6 +66,9 @@ def test_table_1(tmp_path, monkeypatch):
     trained = "2 | 720 ± 113 | 51.0 ± 1.4 | 54.0 ± 1.4 | 2.00 ± 0.00 | 40 ± 0 | 30 ± 0 | `train_cc.py --lr"
     assert one == f"| actor-critic, one agent | {trained} 1e-3` |" and cc == f"| CoLLM-CC | {trained} 2e-3` |"
     assert paper[1].endswith("30.3 / 91.7 / 95.2.") and table1.table("arxiv", tmp_path) == ""
+    runs = {"cc": (1, 2), "mc": (3, 4), "dc": (5,)}
+    runs = {method: [[{"eval/score": score}] for score in scores] for method, scores in runs.items()}
+    assert table1.differences(runs) == "CoLLM-CC − MAGRPO -2.0 (p 0.333)"
     assert (table1.spread([1, 2, 3], 1), table1.spread([], 1)) == ("2.0 ± 1.0", "")
 
 
