@@ -3,12 +3,14 @@ The paper's Table 1 with tiny bases: five tasks, untrained agents, two single ag
 
     python results/table1.py                      # prints the table of the runs in results/table1
     python results/table1.py --run strbuild tldr  # makes missing runs first, two at a time on one thread each
+    python results/table1.py --run coophe --seeds 10
 
 Every run has the task's default settings but RATES, hence equally many episodes. It may be stopped and continued: a run
 that has ended is kept as results/table1/TASK-METHOD-seedK.jsonl, evaluations and scores of its log; others start anew.
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -30,8 +32,8 @@ COLUMNS = {"joint actions": ("joint_actions", 0), "score": ("eval/score", 1), "t
 PAPER = {"tldr": "30.3 / 91.7 / 95.2", "arxiv": "44.0 / 91.0 / 95.0", "strbuild": "36.6 / 46.1 / 68.5",
          "housebuild": "43.2 / 54.6 / 52.7"}  # raw model, GRPO, CoLLM-CC; of coophe none that compares
 PAIRS = [("cc", "mc"), ("dc", "mc"), ("cc", "dc"), ("one", "grpo")]  # whose scores are compared by a test
-RATES = {("housebuild", "grpo"): " --lr 1e-3"}  # half of the task's rate, where it did better in trial runs (NOTES.md)
-KEPT = {"step", "joint_actions", "wall_s", "train/score", "train/return"}
+RATES = {("housebuild", "grpo"): " --lr 1e-3"}  # half of the task's, where a trial run gained 2 points; see NOTES.md
+KEPT = ["step", "joint_actions", "wall_s", "train/score", "train/return"]  # of a training step
 
 
 def command(task, method):
@@ -91,7 +93,7 @@ def make(job):
     made_by = command(*job[:2])
     folder, lines = train(f"{made_by} --seed {job[2]} --threads 1 --device cpu --out_dir out/table1/{path.stem} "
                           "--overwrite".split())
-    lines = [line if "eval/score" in line else {key: line[key] for key in KEPT & line.keys()} for line in lines]
+    lines = [line if "eval/score" in line else {key: line[key] for key in KEPT} for line in lines]
     add_slowest(folder, [lines[0], lines[-1]])
     lines[0]["command"] = made_by  # RATES may change later
     path.parent.mkdir(exist_ok=True)
@@ -108,28 +110,28 @@ def spread(numbers, digits):
 def differences(runs):
     """Differences of mean scores, and p of curve.py's exact permutation test, corrected for PAIRS by Holm's method.
 
-    Scores [1, 2] of cc and [3, 4] of mc give "CoLLM-CC − MAGRPO -2.0 (p 0.333)": of 6 ways two differ as much.
+    Scores [1, 2] of cc and [3, 4] of mc give "CoLLM-CC against MAGRPO -2.0 (p 0.333)": of 6 ways two differ as much.
     """
     from curve import holm, permutation_p  # here, because curve.py imports this file
     scores = {method: [log[-1]["eval/score"] for log in logs] for method, logs in runs.items() if len(logs) > 1}
     pairs = [(ours, theirs) for ours, theirs in PAIRS if {ours, theirs} <= scores.keys()]
     points = [statistics.mean(scores[ours]) - statistics.mean(scores[theirs]) for ours, theirs in pairs]
     ps = holm({pair: permutation_p([(scores[pair[0]], scores[pair[1]])]) for pair in pairs})
-    return "; ".join(f"{METHODS[ours][0]} − {METHODS[theirs][0]} {difference:+.1f} (p {ps[ours, theirs]:.3f})"
+    return "; ".join(f"{METHODS[ours][0]} against {METHODS[theirs][0]} {difference:+z.1f} (p {ps[ours, theirs]:.3f})"
                      for (ours, theirs), difference in zip(pairs, points))
 
 
 def table(task, folder=HERE / "table1"):
     """The rows of one task in Markdown: untrained, then methods that have runs; below: tests, the paper's scores.
 
-    training score: mean of the last three steps within as many joint actions as every run of the task has.
-    tokens: of an agent in an episode; slowest: of the agent for which the others wait; seconds: what these take here.
+    training score: mean of the last three steps within as many joint actions as every team of the task has.
+    tokens: of an agent in an episode; slowest: of the agent for which others wait; seconds: of the CPU, for these.
     A method's command stands in its row; it was run with --seed 0, 1, ... and --threads 1.
     """
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
     every = [log for logs in runs.values() for log in logs]
-    equal = min((log[-1]["joint_actions"] for log in every), default=0)
+    equal = min((log[-1]["joint_actions"] for method in ("mc", "dc", "cc") for log in runs[method]), default=math.inf)
     for log in every:
         steps = [line["train/score"] for line in log if "train/score" in line and line["joint_actions"] <= equal]
         log[-1]["equal"] = statistics.mean(steps[-3:])

@@ -68,7 +68,7 @@ def test_table_1(tmp_path, monkeypatch):
     assert paper[1].endswith("30.3 / 91.7 / 95.2.") and table1.table("arxiv", tmp_path) == ""
     runs = {"cc": (1, 2), "mc": (3, 4), "dc": (5,)}
     runs = {method: [[{"eval/score": score}] for score in scores] for method, scores in runs.items()}
-    assert table1.differences(runs) == "CoLLM-CC − MAGRPO -2.0 (p 0.333)"
+    assert table1.differences(runs) == "CoLLM-CC against MAGRPO -2.0 (p 0.333)"
     assert (table1.spread([1, 2, 3], 1), table1.spread([], 1)) == ("2.0 ± 1.0", "")
 
 
