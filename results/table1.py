@@ -114,11 +114,11 @@ def differences(runs):
     """
     from curve import holm, permutation_p  # here, because curve.py imports this file
     scores = {method: [log[-1]["eval/score"] for log in logs] for method, logs in runs.items() if len(logs) > 1}
-    pairs = [(ours, theirs) for ours, theirs in PAIRS if {ours, theirs} <= scores.keys()]
-    points = [statistics.mean(scores[ours]) - statistics.mean(scores[theirs]) for ours, theirs in pairs]
-    ps = holm({pair: permutation_p([(scores[pair[0]], scores[pair[1]])]) for pair in pairs})
-    return "; ".join(f"{METHODS[ours][0]} against {METHODS[theirs][0]} {difference:+z.1f} (p {ps[ours, theirs]:.3f})"
-                     for (ours, theirs), difference in zip(pairs, points))
+    blocks = {pair: tuple(scores[method] for method in pair) for pair in PAIRS if scores.keys() >= {*pair}}
+    ps = holm({pair: permutation_p([block]) for pair, block in blocks.items()})
+    return "; ".join(f"{' against '.join(METHODS[method][0] for method in pair)} "
+                     f"{statistics.mean(ours) - statistics.mean(theirs):+z.1f} (p {ps[pair]:.3f})"
+                     for pair, (ours, theirs) in blocks.items())
 
 
 def table(task, folder=HERE / "table1"):
@@ -130,8 +130,8 @@ def table(task, folder=HERE / "table1"):
     """
     runs = {method: [[json.loads(line) for line in path.read_text().splitlines()] for path in
                      sorted(Path(folder).glob(f"{task}-{method}-seed*.jsonl"))] for method in METHODS}
-    every = [log for logs in runs.values() for log in logs]
     equal = min((log[-1]["joint_actions"] for method in ("mc", "dc", "cc") for log in runs[method]), default=math.inf)
+    every = [log for logs in runs.values() for log in logs]
     for log in every:
         steps = [line["train/score"] for line in log if "train/score" in line and line["joint_actions"] <= equal]
         log[-1]["equal"] = statistics.mean(steps[-3:])
